@@ -1,0 +1,171 @@
+"""Score checkpoints on multilingual benchmarks, answered by infer.py's engine.
+
+    python eval.py --model DIR [DIR ...] --data BENCHMARKS [--tasks XNLI,MMMLU] [--langs sw,hi] [--limit 50]
+
+BENCHMARKS has the layout of the paper's repository: TASK/split or split_sample/LANG.json with the prompts and TASK/ans or
+ans_sample/LANG.json with the gold answers, a JSON value per line. The English version of a prompt is the same line of the task's en.json, or of
+split_en/LANG.json (split_sample_en/LANG.json) where the task has that folder.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from infer import Engine, add_engine_options, write_lines
+from model import UserError, at_least, instruction, read_json_lines, run_script
+
+OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # the answers to choose from
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, nargs="+", metavar="DIR", help="checkpoint folders; the table has a column for each")
+    add("--data", required=True, metavar="DIR", help="folder of benchmarks")
+    add("--tasks", metavar="TASK,...", help=f"of {', '.join(OPTIONS)} (default: those that --data has)")
+    add("--langs", metavar="CODE,...", help="languages (default: all that a task has)")
+    add("--limit", type=at_least(1), metavar="N", help="only the first N items of each language")
+    add("--out", default="out/eval", metavar="DIR", help="folder for results.json, results.md and the answers (default %(default)s)")
+    add_engine_options(parser)
+    parser.set_defaults(max_new_tokens=32)
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------------------------- benchmarks
+
+def task_folder(task, kind):
+    """The folder of a task's prompts (kind "split") or gold answers ("ans"), whole or sampled; None where it has neither."""
+    return next((task / name for name in (kind, f"{kind}_sample") if (task / name).is_dir()), None)
+
+
+def find_tasks(data, tasks, langs):
+    """[(task, language)] to run, from comma-separated names or, where those are None, from what is there."""
+    data = Path(data)
+    names = tasks.split(",") if tasks else [t for t in OPTIONS if (data / t).is_dir()]
+    if not names:
+        raise UserError(f"{data}: has none of the tasks {', '.join(OPTIONS)}; give the benchmarks folder as --data")
+    found = []
+    for name in names:
+        if name not in OPTIONS:
+            raise UserError(f"--tasks: unknown task {name!r}; there are {', '.join(OPTIONS)}")
+        for kind in ("split", "ans"):
+            if task_folder(data / name, kind) is None:
+                raise UserError(f"{data / name}: has no folder {kind} or {kind}_sample; get the whole benchmark")
+        has = sorted(path.stem for path in task_folder(data / name, "split").glob("*.json"))
+        for lang in langs.split(",") if langs else has:
+            if lang not in has:
+                raise UserError(f"--langs: {name} has no language {lang!r}; it has {', '.join(has)}")
+            found.append((name, lang))
+    return found
+
+
+def read_task(data, name, lang, limit):
+    """[(prompt, its English version or None, gold answer, file:line)] of a task in a language."""
+    task = Path(data) / name
+    prompts = task_folder(task, "split")
+    english = prompts.with_name(prompts.name + "_en") / f"{lang}.json"
+    if not english.parent.is_dir():
+        english = prompts / "en.json"
+    files = [prompts / f"{lang}.json", english, task_folder(task, "ans") / f"{lang}.json"]
+    lines = [read_json_lines(file) if file.exists() or file != english else None for file in files]
+    for file, found in zip(files, lines):
+        if found and len(found) != len(lines[0]):
+            raise UserError(f"{file}: has {len(found)} items, {files[0]} has {len(lines[0])}; get the whole benchmark")
+    items = []
+    for i, (line, record) in enumerate(lines[0][:limit]):
+        gold = lines[2][i]
+        if gold[1] not in list(OPTIONS[name]):
+            raise UserError(f"{files[2]}:{gold[0]}: gold answer {gold[1]!r} is none of {', '.join(OPTIONS[name])}; restore the file")
+        version = lines[1] and instruction(lines[1][i][1], f"{files[1]}:{lines[1][i][0]}")
+        items.append((instruction(record, f"{files[0]}:{line}"), version, gold[1], f"{files[0]}:{line}"))
+    return items
+
+
+def shorten(text, tokenizer, room):
+    """The text, without so much of its middle that its prompt has at most `room` tokens."""
+    if len(tokenizer.prompt(text)) <= room:
+        return text
+    low, high = 0, len(text) // 2  # characters kept at either end: low fits
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = len(tokenizer.prompt(text[:middle] + text[-middle:])) <= room
+        low, high = (middle, high) if fits else (low, middle)
+    return text[:low] + text[len(text) - low:]
+
+
+def choice(answer, options):
+    """The option that an answer names first, standing by itself, or None."""
+    apart = r"\d" if options[0].isdigit() else r"[^\W\d_]"
+    found = re.search(f"(?<!{apart})[{options}](?!{apart})", answer)
+    return found and found.group()
+
+
+# ------------------------------------------------------------------------------------------------------------------------- main
+
+def score(engine, args, task, lang, items, folder):
+    """Answer a task in one language, write the answers, return a row of results.json."""
+    shortened, prompts = 0, []
+    room = engine.config.max_length - args.max_new_tokens
+    for number, (own, english, _, where) in enumerate(items):
+        texts = [text and shorten(text, engine.tokenizer, room) for text in (own, english)]
+        shortened += texts != [own, english]
+        prompts.append(engine.prompt(*texts, lang, number, where))
+    with tqdm(total=len(prompts), desc=f"{task} {lang}", leave=False, disable=None) as progress:
+        answers = engine.answer_all(prompts, args.batch_size, args.max_new_tokens, progress=progress)
+    rows = []
+    for (own, _, gold, _), answer in zip(items, answers):
+        text = engine.tokenizer.decode(answer.ids)
+        found = choice(text, OPTIONS[task])
+        rows.append({"instruction": own, "answer": text, "choice": found, "gold": gold, "correct": found == gold, "layer": answer.layer})
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    write_lines(folder / task / f"{lang}.jsonl", rows)
+    correct = sum(row["correct"] for row in rows)
+    return {"task": task, "lang": lang, "connection": engine.connection, "items": len(rows), "correct": correct,
+            "accuracy": correct / len(rows), "unparsed": sum(row["choice"] is None for row in rows), "shortened": shortened}
+
+
+def table(results, models):
+    """Markdown: accuracy in per cent, a row per task and language, a column per model, means below each task."""
+    lines = ["| task | language | items | " + " | ".join(models) + " |", "|---|---|---|" + "---|" * len(models)]
+    for task in dict.fromkeys(r["task"] for r in results):
+        rows = [r for r in results if r["task"] == task]
+        langs = list(dict.fromkeys(r["lang"] for r in rows))
+        cell = {(r["lang"], r["model"]): r for r in rows}
+        for lang in langs:
+            scores = " | ".join(f"{100 * cell[lang, m]['accuracy']:.1f}" for m in models)
+            lines.append(f"| {task} | {lang} | {cell[lang, models[0]]['items']} | {scores} |")
+        means = (sum(cell[lang, m]["accuracy"] for lang in langs) / len(langs) for m in models)
+        lines.append(f"| {task} | mean | | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    args = parse_args()
+    out = Path(args.out)
+    if len(set(args.model)) < len(args.model):
+        raise UserError("--model: a folder is named twice; name each once")
+    todo = [(task, lang, read_task(args.data, task, lang, args.limit)) for task, lang in find_tasks(args.data, args.tasks, args.langs)]
+    results = []
+    for model in args.model:
+        engine = Engine(model, args, say=lambda line: print(line, file=sys.stderr))
+        folder = out / "answers" / re.sub(r"[^\w.-]+", "_", model.strip("/"))
+        for task, lang, items in todo:
+            results.append({"model": model, **score(engine, args, task, lang, items, folder)})
+        for what in ("unparsed", "shortened"):
+            count = sum(r[what] for r in results if r["model"] == model)
+            if count:
+                print(f"{model}: {count} {dict(unparsed='answers named no option and count as wrong', shortened='prompts were shortened to fit')[what]}")
+    out.mkdir(parents=True, exist_ok=True)
+    markdown = table(results, args.model)
+    for file, text in (("results.json", json.dumps({"arguments": vars(args), "results": results}, indent=1)), ("results.md", markdown + "\n")):
+        (out / (file + ".tmp")).write_text(text, encoding="utf-8")
+        os.replace(out / (file + ".tmp"), out / file)
+    print(f"accuracy, per cent\n\n{markdown}\n\nresults and answers are in {out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,251 @@
+"""Answer prompts with a CC-tuned checkpoint (or a plain one), connected through its Transform Matrix.
+
+    python infer.py --model DIR --lang sw --prompt "Nini mji mkuu wa Kenya?"
+    python infer.py --model DIR --lang sw --input FILE.jsonl --output FILE.jsonl     # {"instruction": ...} a line, "answer" is added
+    cat questions.txt | python infer.py --model DIR --lang sw --prompt -             # a prompt a line, an answer a line
+"""
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cctuning import load_cctuning
+from model import TEMPLATES, Config, Tokenizer, UserError, at_least, instruction, new_cache, pad, read_records, run_script, text_field
+
+LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # of the paper's evaluation
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="checkpoint folder, as train.py leaves it; a plain one answers unconnected")
+    add("--lang", metavar="CODE", help="language of the prompts where their lines have no \"lang\"; --matrix per_language goes by it")
+    add("--prompt", metavar="TEXT", help="a prompt, or - for a prompt per line of standard input")
+    add("--prompt_en", metavar="TEXT", help="its English version, for --connection english")
+    add("--input", metavar="FILE", help="prompts as JSON lines: \"instruction\", optional \"instruction_en\", \"lang\" and \"input\"")
+    add("--output", metavar="FILE", help="where the lines of --input go with \"answer\" added (default: standard output)")
+    add("--explain", action="store_true", help="show the chosen layer and the Decision Maker's probabilities")
+    add_engine_options(parser)
+    add("--temperature", type=at_least(0, float), default=0.0, help="of sampling; 0 takes the likeliest token (default %(default)s)")
+    add("--top_p", type=at_least(0, float), default=1.0, help="sample among the likeliest tokens of this probability together (default %(default)s)")
+    add("--seed", type=at_least(0), default=0, help="of sampling; a prompt's answer does not depend on the others (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def add_engine_options(parser):
+    """What infer.py and eval.py have in common."""
+    add = parser.add_argument
+    add("--connection", choices=("matrix", "english", "none"), help="matrix: from the prompt itself, through the Transform Matrix; english: "
+        "from its instruction_en, the bound of what a matrix can give; none: the plain model (default: matrix where there is one)")
+    add("--matrix", choices=("shared", "per_language"), default="shared", help="one matrix for all, as in the paper, or the language's own "
+        "(default %(default)s)")
+    add("--max_new_tokens", type=at_least(1), default=256, metavar="N", help="length of an answer at most (default %(default)s)")
+    add("--batch_size", type=at_least(1), default=16, metavar="N", help="prompts answered together (default %(default)s)")
+    add("--template", choices=TEMPLATES, help="chat template (default: told by the checkpoint)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the computation (default: as the weights are stored)")
+
+
+@dataclass
+class Prompt:
+    ids: list
+    english_ids: list | None = None
+    lang: str | None = None
+    number: int = 0  # its place in the input
+
+
+@dataclass
+class Answer:
+    ids: list
+    probabilities: list | None = None  # the Decision Maker's, one per layer; None where unconnected
+
+    @property
+    def layer(self):
+        return None if self.probabilities is None else int(np.argmax(self.probabilities))
+
+
+class Engine:
+    """A loaded checkpoint and how it is to be connected."""
+
+    def __init__(self, folder, args, say):
+        config = Config.read(folder)
+        self.tokenizer = Tokenizer(folder, config, args.template)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.cc = load_cctuning(folder, args.dtype and getattr(torch, args.dtype), device)
+        self.config, self.folder, self.matrix, self.connection = config, folder, args.matrix, args.connection
+        if self.tokenizer.notice:
+            say(self.tokenizer.notice)
+        if self.connection is None:
+            self.connection = "matrix" if self.cc.matrices else "none"
+            if not self.cc.matrices:
+                lacks = "no Transform Matrix (train.py --epochs 0 fits one)" if self.cc.trained else "no cctuning.safetensors"
+                say(f"{folder}: {lacks}, answering as a plain model")
+        if self.connection == "english" and not self.cc.trained:
+            raise UserError(f"{folder}: has no Decision Maker to connect with; train it with train.py, or use --connection none")
+        if self.connection == "matrix" and not self.cc.matrices:
+            raise UserError(f"{folder}: has no Transform Matrix; fit one with train.py --epochs 0, or use --connection none")
+
+    def prompt(self, own, english=None, lang=None, number=0, where="prompt"):
+        """Encode a prompt, refusing what cannot be answered: where is its file:line."""
+        known = {*LANGUAGES, *self.config.cctuning.get("languages", []), *self.cc.matrices} - {"shared"}
+        if lang is not None and lang not in known:
+            raise UserError(f"{where}: unknown language {lang!r}; known are {' '.join(sorted(known))}")
+        if self.connection == "matrix" and self.matrix == "per_language" and lang not in self.cc.matrices:
+            own_matrices = ", ".join(sorted(self.cc.matrices.keys() - {"shared"})) or "none"
+            raise UserError(f"{where}: {self.folder} has no matrix for language {lang} (it has {own_matrices}); "
+                            "fit with train.py --epochs 0 --per_language, or use --matrix shared")
+        if self.connection == "english" and english is None:
+            raise UserError(f"{where}: --connection english needs the prompt's English version (instruction_en or --prompt_en)")
+        prompt = Prompt(self.tokenizer.prompt(own), english and self.tokenizer.prompt(english), lang, number)
+        for ids in (prompt.ids, prompt.english_ids or []):
+            if len(ids) >= self.config.max_length:
+                raise UserError(f"{where}: is {len(ids)} tokens long, the model takes {self.config.max_length} with the answer; shorten it")
+        return prompt
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
+        """Answer a batch of Prompts. Yields after each token the same list of Answers, grown; rows that have stopped drop out."""
+        cc, device = self.cc, self.cc.decision_maker.weight.device
+        limits = [min(max_new_tokens, self.config.max_length - len(p.ids)) for p in prompts]
+        ids, lengths = (t.to(device) for t in pad([p.ids for p in prompts]))
+        cache = new_cache(self.config, len(prompts), ids.shape[1] + max(limits), cc.lm.model.embed_tokens.weight.dtype, device)
+        english = [t.to(device) for t in pad([p.english_ids for p in prompts])] if self.connection == "english" else None
+        names = [p.lang if self.matrix == "per_language" else "shared" for p in prompts]
+        logits, decision = cc.prefill(ids, lengths, -self.tokenizer.connection, cache, self.connection, names, english)
+
+        probabilities = [None] * len(prompts) if decision is None else decision.float().softmax(-1).tolist()
+        answers = [Answer([], p) for p in probabilities]
+        randoms = [np.random.default_rng((seed, p.number)) for p in prompts]
+        live = list(range(len(prompts)))  # the prompts behind the rows that are left
+        while True:
+            tokens = pick(logits, temperature, top_p, [randoms[i] for i in live])
+            keep = []
+            for row, (i, token) in enumerate(zip(live, tokens.tolist())):
+                if token not in self.tokenizer.stop:
+                    answers[i].ids.append(token)
+                    if len(answers[i].ids) < limits[i]:
+                        keep.append(row)
+            yield answers
+            if not keep:
+                return
+            if len(keep) < len(live):
+                live, rows = [live[row] for row in keep], torch.tensor(keep, device=device)
+                tokens, lengths, cache = tokens[rows], lengths[rows], cache[:, :, rows]
+            x, _ = cc.lm(tokens[:, None], positions=lengths[:, None], cache=cache)
+            logits, lengths = cc.lm.logits(x[:, -1]), lengths + 1
+
+    def answer_all(self, prompts, batch_size, *options, progress=None):
+        """The Answers to any number of Prompts, in batches of like length."""
+        answers = {}
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
+        for start in range(0, len(order), batch_size):
+            part = order[start:start + batch_size]
+            for found in self.generate([prompts[i] for i in part], *options):
+                pass
+            answers.update(zip(part, found))
+            if progress:
+                progress.update(len(part))
+        return [answers[i] for i in range(len(prompts))]
+
+    def explain(self, answer):
+        """A line on where the connection came from."""
+        if answer.layer is None:
+            return "[unconnected]"
+        chances = " ".join(f"{p:.2f}" for p in answer.probabilities)
+        return f"[connection {self.connection}: layer {answer.layer} of 0-{len(answer.probabilities) - 1}; probabilities {chances}]"
+
+
+def pick(logits, temperature, top_p, randoms):
+    """The next token of each row (B,) from logits (B, V); randoms: a row's own random numbers, so that its neighbours do not matter."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    chances, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    below = chances.cumsum(-1) - chances  # probability of all likelier tokens
+    chances = chances.masked_fill(below >= top_p, 0)
+    uniform = torch.tensor([[r.random()] for r in randoms], device=logits.device)
+    rank = (chances.cumsum(-1) <= uniform * chances.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    return tokens.gather(1, rank.clamp(max=logits.shape[-1] - 1))[:, 0]
+
+
+def write_lines(path, records):
+    """Write JSON lines, whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+
+
+def read_prompts(args, engine):
+    """The records to answer and their Prompts, from --prompt, standard input or --input."""
+    if args.input:
+        records = [(f"{args.input}:{line}", record) for line, record in read_records(args.input)]
+    elif args.prompt == "-":
+        try:
+            lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not UTF-8 text ({error.reason})") from None
+        records = [(f"standard input:{i}", {"instruction": line}) for i, line in enumerate(lines, 1)]
+    else:
+        records = [("--prompt", {"instruction": args.prompt, "instruction_en": args.prompt_en})]
+    prompts = []
+    for number, (where, record) in enumerate(records):
+        own, english = instruction(record, where), text_field(record, "instruction_en", where, required=False)
+        lang = text_field(record, "lang", where, required=False) or args.lang
+        prompts.append(engine.prompt(own, english, lang, number, where))
+    return [record for _, record in records], prompts
+
+
+def main():
+    args = parse_args()
+    say = lambda line: print(line, file=sys.stderr)
+    if (args.prompt is None) == (args.input is None):
+        raise UserError("infer.py: give either --prompt TEXT (or --prompt - for standard input) or --input FILE.jsonl")
+    if args.output and not args.input:
+        raise UserError("--output: goes with --input; the answer to --prompt is printed")
+    if args.output and Path(args.output).resolve() == Path(args.input).resolve():
+        raise UserError(f"{args.output}: is the input too; choose another --output")
+    engine = Engine(args.model, args, say)
+    records, prompts = read_prompts(args, engine)
+    options = args.max_new_tokens, args.temperature, args.top_p, args.seed
+
+    if args.prompt not in (None, "-"):  # a single answer streams
+        shown = ""
+        for answers in engine.generate(prompts, *options):
+            if args.explain and not shown:
+                print(engine.explain(answers[0]))
+                args.explain = False
+            # Decoded token by token, spaces would be lost and characters split: decode all, print what is new and whole.
+            text = engine.tokenizer.decode(answers[0].ids)
+            if not text.endswith("\ufffd"):
+                print(text[len(shown):], end="", flush=True)
+                shown = text
+        print(text[len(shown):])
+        return
+    with tqdm(total=len(prompts), desc="answers", disable=None) as progress:
+        answers = engine.answer_all(prompts, args.batch_size, *options, progress=progress)
+    texts = [engine.tokenizer.decode(a.ids) for a in answers]
+    if args.input:
+        done = [dict(record, answer=text) for record, text in zip(records, texts)]
+        if args.explain:
+            done = [dict(d, layer=a.layer, probabilities=a.probabilities) for d, a in zip(done, answers)]
+        if args.output:
+            write_lines(args.output, done)
+        else:
+            for d in done:
+                print(json.dumps(d, ensure_ascii=False))
+    else:
+        for text, answer in zip(texts, answers):
+            print(text.replace("\n", "\\n") + (f"  {engine.explain(answer)}" if args.explain else ""))
+
+
+if __name__ == "__main__":
+    run_script(main)

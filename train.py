@@ -1,0 +1,351 @@
+"""Fine-tune a checkpoint with CC-Tuning (or plainly), then fit the Transform Matrix.
+
+    python train.py --model DIR --data FILE --out DIR
+    torchrun --nproc_per_node 8 train.py --model DIR --data FILE --out DIR       # the same losses, the model sharded over 8 processes
+    python train.py --model DIR --data FILE --out DIR --method sft               # plain fine-tuning, the baseline
+    python train.py --model TRAINED --data FILE --out DIR --epochs 0             # only fit the matrix
+
+FILE is a JSON list or JSON lines: {"instruction": own language, "output": answer, "instruction_en": the same prompt in English}, optional
+"lang" and "input" (appended to the instruction). DIR is a Hugging Face checkpoint folder; the result is one too, ready for infer.py.
+"""
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from cctuning import Batch, MatrixSums, cctuning_tensors, gumbel_noise, load_cctuning, r_squared
+from model import TEMPLATES, Config, Tokenizer, UserError, at_least, holds_model, instruction, pad, read_records, run_script, save_checkpoint, text_field
+
+BETAS, WEIGHT_DECAY, MAX_NORM, WARMUP = (0.9, 0.999), 0.0, 1.0, 0.1
+WINDOW = 128     # samples that are sorted by length together when a step has fewer
+HELD_OUT = 100   # prompts kept out of the matrix fit to measure it
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="checkpoint folder to start from")
+    add("--data", required=True, metavar="FILE", help="training samples")
+    add("--eval_data", metavar="FILE", help="samples for a validation loss, after each epoch and at the end")
+    add("--out", default="out", metavar="DIR", help="folder for the result (default %(default)s)")
+    add("--overwrite", action="store_true", help="replace a model in --out, once the new one is there")
+    add("--method", choices=("cc", "sft"), default="cc", help="CC-Tuning, or plain supervised fine-tuning (default %(default)s)")
+    add("--english_grad", action="store_true", help="differentiate the English pass too; the paper's published configuration does not")
+    add("--template", choices=TEMPLATES, help="chat template (default: told by the checkpoint)")
+    add("--epochs", type=at_least(0), default=3, help="0: only fit the matrix (default %(default)s)")
+    add("--batch_size", type=at_least(1), default=128, help="samples per step, over all processes (default %(default)s)")
+    add("--micro_batch", type=at_least(1), default=8, help="samples at a time in one process; changes memory, not results (default %(default)s)")
+    add("--max_length", type=at_least(2), help="tokens of prompt and answer together (default 1024, or what the model can take)")
+    add("--lr", type=at_least(0, float), default=1e-5, help="peak learning rate; cosine with 10%% warm-up (default %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the computation; the trained weights are float32 until saved "
+        "(default: bfloat16 on a GPU, float32 on a CPU)")
+    add("--seed", type=at_least(0), default=0, help="of sample order, Gumbel noise and the Decision Maker's start (default %(default)s)")
+    add("--matrix_prompts", type=at_least(1), default=1000, metavar="N", help="prompts to fit the matrix on (default %(default)s)")
+    add("--ridge", type=at_least(0, float), default=0.0, help="penalty in the fit, as a share of the mean squared activation (default %(default)s)")
+    add("--per_language", action="store_true", help="also fit one matrix per language ('lang' of the samples)")
+    add("--log_every", type=at_least(1), default=10, metavar="N", help="steps between printed lines; train_log.jsonl has them all "
+        "(default %(default)s)")
+    return parser.parse_args(argv)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- data
+
+@dataclass
+class Sample:
+    ids: list           # prompt and answer, end of turn included
+    prompt_length: int
+    english_ids: list   # English prompt
+    lang: str | None
+    is_english: bool
+
+
+def read_samples(path, tokenizer, max_length):
+    """The samples of a training file, and how many had a prompt that leaves no room for an answer within max_length (they are dropped)."""
+    samples, dropped = [], 0
+    for line, record in read_records(path):
+        where = f"{path}:{line}"
+        own, english, output = instruction(record, where), text_field(record, "instruction_en", where), text_field(record, "output", where)
+        lang = text_field(record, "lang", where, required=False)
+        is_english = lang == "en" or english == record["instruction"]
+        if english == record["instruction"]:
+            english = own  # with its "input"
+        ids, english_ids = tokenizer.prompt(own), tokenizer.prompt(english)
+        if len(ids) >= max_length or len(english_ids) > max_length:
+            dropped += 1
+            continue
+        samples.append(Sample((ids + tokenizer.answer(output))[:max_length], len(ids), english_ids, lang, is_english))
+    if not samples:
+        raise UserError(f"{path}: all {dropped} prompts are too long for --max_length {max_length}; raise it")
+    return samples, dropped
+
+
+def plan(samples, batch_size, seed, epoch):
+    """The steps of an epoch, each an array of sample numbers, longest first.
+
+    Samples are shuffled; within windows of at least WINDOW of them they are sorted by length and cut into steps, which are shuffled again.
+    So the rows of a step are of like length even when it has few, and the order of the steps says nothing about length.
+    """
+    lengths = np.array([len(s.ids) + len(s.english_ids) for s in samples])
+    rng = np.random.default_rng((seed, epoch))
+    order, window = rng.permutation(len(samples)), batch_size * math.ceil(WINDOW / batch_size)
+    steps = []
+    for start in range(0, len(order), window):
+        part = order[start:start + window]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        steps += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
+    return [steps[i] for i in rng.permutation(len(steps))]
+
+
+def collate(samples, connection):
+    """A Batch of samples; connection: the connection position, counted from a prompt's end (negative)."""
+    ids, lengths = pad([s.ids for s in samples])
+    english_ids, english_lengths = pad([s.english_ids for s in samples])
+    prompts, column = torch.tensor([s.prompt_length for s in samples]), torch.arange(ids.shape[1])
+    answer = (column >= prompts[:, None]) & (column < lengths[:, None])  # (B, T)
+    return Batch(ids, ids.masked_fill(~answer, -100), prompts + connection, english_ids, english_lengths + connection)
+
+
+# ------------------------------------------------------------------------------------------------------------------- processes
+
+@dataclass
+class Workers:
+    """The processes of this run, and what this one computes on."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def deal(self, items, size):
+        """This process's share of items, cut into groups of `size`: (group, 1), or (some group, 0) where others have one more.
+
+        Every process gets the same number of groups, for all must take part in each forward pass of a sharded model.
+        """
+        groups = [items[i:i + size] for i in range(0, len(items), size)]
+        for i in range(self.rank, math.ceil(len(groups) / self.world) * self.world, self.world):
+            yield (groups[i], 1) if i < len(groups) else (groups[-1], 0)
+
+    def sum(self, tensor):
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def autocast(self):
+        # Without cache: what the English pass casts under no_grad would be reused by the own-language pass, which then had no gradient.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=False)
+
+
+def start_workers(dtype):
+    """Join the processes that torchrun started, if it did."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return Workers(rank, world, device, getattr(torch, dtype))
+
+
+def shard(cc, workers):
+    """Spread the model over the processes: each decoder layer, and the rest with the root, whose one forward runs both passes."""
+    bfloat16 = workers.dtype == torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else MixedPrecisionPolicy()
+    mesh = dist.init_device_mesh(workers.device.type, (workers.world,))
+    for module in [*cc.lm.model.layers, cc]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(cc, "activations")
+
+
+def gathered(parameter):
+    """A parameter as a whole on the CPU. Every process must call it."""
+    parameter = parameter.detach()
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).cpu()
+
+
+# -------------------------------------------------------------------------------------------------------------------- measuring
+
+@torch.no_grad()
+def validation_loss(cc, samples, tokenizer, workers, micro_batch, connection):
+    """Mean loss per answer token, the layer being the Decision Maker's argmax."""
+    samples = sorted(samples, key=lambda s: -len(s.ids))
+    total = torch.zeros(2, dtype=torch.float64, device=workers.device)
+    for group, real in workers.deal(samples, micro_batch):
+        batch = Batch(*(t.to(workers.device) for t in collate(group, tokenizer.connection)))
+        with workers.autocast():
+            loss = cc(batch, connection)
+        total += real * torch.stack((loss, (batch.labels != -100).sum())).double()
+    loss, count = workers.sum(total).tolist()
+    return loss / count
+
+
+@torch.no_grad()
+def fit_matrices(cc, samples, tokenizer, workers, args):
+    """Fit the Transform Matrices on a seeded sample of the samples that are not English; returns them and what to note of the fit."""
+    foreign = [s for s in samples if not s.is_english]
+    order = np.random.default_rng((args.seed, len(samples))).permutation(len(foreign))
+    held_out = min(HELD_OUT, len(foreign) // 5)
+    chosen = [foreign[i] for i in order[:held_out + args.matrix_prompts]]
+    name = (lambda s: s.lang) if args.per_language else (lambda s: "shared")
+
+    def activations(group):
+        for rows in ([s.ids[:s.prompt_length] for s in group], [s.english_ids for s in group]):
+            ids, lengths = pad(rows)
+            with workers.autocast():
+                yield cc.activations(ids.to(workers.device), (lengths + tokenizer.connection).to(workers.device))
+
+    by_length = lambda part: sorted(part, key=lambda s: -s.prompt_length)
+    fit, test = by_length(chosen[held_out:]), by_length(chosen[:held_out])
+    sums = MatrixSums(sorted({name(s) for s in fit}), cc.lm.config.hidden_size, workers.device)
+    progress = tqdm(total=math.ceil(len(fit) / args.micro_batch / workers.world), desc="matrix", disable=workers.rank > 0 or None)
+    for group, real in workers.deal(fit, args.micro_batch):
+        own, english = activations(group)
+        if real:
+            sums.add(own, english, [name(s) for s in group])
+        progress.update()
+    progress.close()
+    for pair in sums.sums.values():
+        workers.sum(pair)
+    matrices = sums.solve(args.ridge)
+    note = {"prompts": len(fit), "ridge": args.ridge, "held_out": len(test)}
+    if args.per_language:
+        note["prompts_per_language"] = {lang: sum(s.lang == lang for s in fit) for lang in sums.sums}
+    if test:  # on every process the same, few as they are
+        groups = [list(activations(test[i:i + args.micro_batch])) for i in range(0, len(test), args.micro_batch)]
+        own, english = (torch.cat(side, dim=1) for side in zip(*groups))
+        note["r_squared"] = [round(r, 4) for r in r_squared(matrices["shared"], own, english).tolist()]
+    return matrices, note
+
+
+# ------------------------------------------------------------------------------------------------------------------------- main
+
+def main():
+    args = parse_args()
+    workers = start_workers(args.dtype)
+    main_process = workers.rank == 0
+    say = print if main_process else lambda *_: None
+
+    # Everything the user gave is checked before any work is done.
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out takes a folder")
+    if holds_model(out) and not args.overwrite:
+        raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
+    config = Config.read(args.model)
+    max_length = args.max_length or min(1024, config.max_length)
+    if max_length > config.max_length:
+        raise UserError(f"{args.model}: takes {config.max_length} tokens, --max_length {max_length} is more; lower it")
+    tokenizer = Tokenizer(args.model, config, args.template)
+    if tokenizer.notice:
+        say(tokenizer.notice)
+    samples, dropped = read_samples(args.data, tokenizer, max_length)
+    eval_samples, eval_dropped = read_samples(args.eval_data, tokenizer, max_length) if args.eval_data else ([], 0)
+    for file, kept, gone in ((args.data, samples, dropped), (args.eval_data, eval_samples, eval_dropped)):
+        if gone:
+            say(f"{file}: {gone} of {len(kept) + gone} samples dropped, their prompts leave no room for an answer in {max_length} tokens")
+    foreign = [s for s in samples if not s.is_english]
+    if args.method == "cc" and not foreign:
+        raise UserError(f"{args.data}: every instruction equals its instruction_en; the Transform Matrix needs prompts in other languages")
+    if args.per_language and not all(s.lang for s in foreign):
+        raise UserError(f'{args.data}: --per_language needs a "lang" in every sample; add it')
+    cc = load_cctuning(args.model, torch.float32, workers.device, args.seed)
+    if args.method == "cc" and args.epochs == 0 and not cc.trained:
+        raise UserError(f"{args.model}: has no Decision Maker, so a matrix would serve nothing; train it first (--epochs 1 or more)")
+    stored = cc.lm.stored
+    if args.method == "sft":
+        cc.decision_maker.requires_grad_(False)
+    if workers.world > 1:
+        shard(cc, workers)
+    connections = ("english",) if args.method == "cc" else ("none",)
+
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / "train_log.jsonl", "w", encoding="utf-8") if main_process else None
+
+    def record(**entry):
+        if log:
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+
+    # Train.
+    steps = [(epoch, s) for epoch in range(args.epochs) for s in plan(samples, args.batch_size, args.seed, epoch)]
+    parameters = [p for p in cc.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    warmup = math.ceil(WARMUP * len(steps))
+    say(f"{args.method} on {workers.world} x {workers.device.type}, {args.dtype or workers.dtype}: {len(samples)} samples, {len(steps)} steps")
+    progress = tqdm(total=len(steps), desc="train", disable=None if main_process else True)
+    for step, (epoch, numbers) in enumerate(steps):
+        began = time.perf_counter()
+        lr = args.lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, len(steps) - warmup)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        chosen = [samples[i] for i in numbers]
+        targets = sum(len(s.ids) - s.prompt_length for s in chosen)  # of the whole step: a mean of means would weigh short answers more
+        total = torch.zeros((), device=workers.device)
+        for group, real in workers.deal(numbers, args.micro_batch):
+            batch = Batch(*(t.to(workers.device) for t in collate([samples[i] for i in group], tokenizer.connection)))
+            noise = gumbel_noise(args.seed, step, group, config.num_hidden_layers).to(workers.device)
+            with workers.autocast():
+                loss = cc(batch, connections[0], noise, args.english_grad) * real
+            (loss * workers.world / targets).backward()  # sharded gradients are averaged over processes: undo the division
+            total += loss.detach()
+        loss = workers.sum(total).item() / targets
+        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        tokens = sum(len(s.ids) + (args.method == "cc") * len(s.english_ids) for s in chosen)
+        speed = tokens / (time.perf_counter() - began)
+        record(step=step + 1, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed, 1))
+        progress.update()
+        if (step + 1) % args.log_every == 0 or step + 1 == len(steps):
+            line = f"step {step + 1:>{len(str(len(steps)))}}/{len(steps)}  loss {loss:7.4f}  lr {lr:8.2e}  grad {norm:8.3f}  {speed:8.0f} tokens/s"
+            if main_process:
+                progress.write(line)
+        if eval_samples and (step + 1 == len(steps) or steps[step + 1][0] != epoch):
+            found = validation_loss(cc, eval_samples, tokenizer, workers, args.micro_batch, connections[0])
+            record(step=step + 1, epoch=epoch, eval_loss={connections[0]: found})
+            if main_process:
+                progress.write(f"epoch {epoch + 1}/{args.epochs}  validation loss {found:.4f}")
+    progress.close()
+
+    # Fit the Transform Matrix.
+    entry = {"template": tokenizer.template, "method": args.method, "arguments": vars(args)}
+    extra = None
+    if args.method == "cc":
+        cc.matrices, entry["matrix"] = fit_matrices(cc, samples, tokenizer, workers, args)
+        entry["languages"] = sorted({s.lang for s in samples if s.lang})
+        extra = cctuning_tensors(gathered(cc.decision_maker.weight), {name: w.cpu() for name, w in cc.matrices.items()})
+        say(f"matrix fitted on {entry['matrix']['prompts']} prompts, R^2 per layer on {entry['matrix']['held_out']} others: "
+            + " ".join(f"{r:.2f}" for r in entry["matrix"].get("r_squared", [])))
+        record(matrix=entry["matrix"])
+    if eval_samples and args.method == "cc":
+        found = {c: validation_loss(cc, eval_samples, tokenizer, workers, args.micro_batch, c) for c in ("english", "matrix", "none")}
+        record(eval_loss=found)
+        say("validation loss: " + ", ".join(f"{value:.4f} {name}" for name, value in found.items()))
+
+    # Save. Every process gathers the weights, the first one writes them.
+    tensors = ((name, gathered(p).to(stored[name])) for name, p in cc.lm.named_parameters())
+    if main_process:
+        save_checkpoint(out, args.model, tensors, entry, extra)
+        log.close()
+    else:
+        for _ in tensors:
+            pass
+    say(f"saved to {out}\nnext: python infer.py --model {out} --prompt ...")
+    if workers.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_script(main, speak=int(os.environ.get("RANK", 0)) == 0)
