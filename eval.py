@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from infer import Engine, add_engine_options, write_lines
-from model import UserError, at_least, instruction, read_json_lines, run_script
+from model import UserError, at_least, check_folder, instruction, read_json_lines, run_script
 
 OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # the answers to choose from
 
@@ -146,12 +146,15 @@ def table(results, models):
 def main():
     args = parse_args()
     out = Path(args.out)
+    check_folder(out)
     if len(set(args.model)) < len(args.model):
         raise UserError("--model: a folder is named twice; name each once")
     todo = [(task, lang, read_task(args.data, task, lang, args.limit)) for task, lang in find_tasks(args.data, args.tasks, args.langs)]
     results = []
     for model in args.model:
-        engine = Engine(model, args, say=lambda line: print(line, file=sys.stderr))
+        engine = Engine(model, args)
+        for notice in engine.notices:
+            print(notice, file=sys.stderr)
         folder = out / "answers" / re.sub(r"[^\w.-]+", "_", model.strip("/"))
         for task, lang, items in todo:
             results.append({"model": model, **score(engine, args, task, lang, items, folder)})

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from cctuning import load_cctuning
-from model import TEMPLATES, Config, Tokenizer, UserError, at_least, instruction, new_cache, pad, read_records, run_script, text_field
+from model import TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, instruction, new_cache, pad, read_records, run_script, text_field
 
 LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # of the paper's evaluation
 
@@ -72,19 +72,18 @@ class Answer:
 class Engine:
     """A loaded checkpoint and how it is to be connected."""
 
-    def __init__(self, folder, args, say):
+    def __init__(self, folder, args):
         config = Config.read(folder)
         self.tokenizer = Tokenizer(folder, config, args.template)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.cc = load_cctuning(folder, args.dtype and getattr(torch, args.dtype), device)
         self.config, self.folder, self.matrix, self.connection = config, folder, args.matrix, args.connection
-        if self.tokenizer.notice:
-            say(self.tokenizer.notice)
+        self.notices = [self.tokenizer.notice] if self.tokenizer.notice else []  # what the user should know, but is no error
         if self.connection is None:
             self.connection = "matrix" if self.cc.matrices else "none"
             if not self.cc.matrices:
                 lacks = "no Transform Matrix (train.py --epochs 0 fits one)" if self.cc.trained else "no cctuning.safetensors"
-                say(f"{folder}: {lacks}, answering as a plain model")
+                self.notices.append(f"{folder}: {lacks}, answering as a plain model")
         if self.connection == "english" and not self.cc.trained:
             raise UserError(f"{folder}: has no Decision Maker to connect with; train it with train.py, or use --connection none")
         if self.connection == "matrix" and not self.cc.matrices:
@@ -166,7 +165,7 @@ def pick(logits, temperature, top_p, randoms):
         return logits.argmax(-1)
     chances, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     below = chances.cumsum(-1) - chances  # probability of all likelier tokens
-    chances = chances.masked_fill(below >= top_p, 0)
+    chances = chances.masked_fill((below >= top_p) & (below > 0), 0)  # the likeliest always stays
     uniform = torch.tensor([[r.random()] for r in randoms], device=logits.device)
     rank = (chances.cumsum(-1) <= uniform * chances.sum(-1, keepdim=True)).sum(-1, keepdim=True)
     return tokens.gather(1, rank.clamp(max=logits.shape[-1] - 1))[:, 0]
@@ -184,37 +183,36 @@ def write_lines(path, records):
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
-def read_prompts(args, engine):
-    """The records to answer and their Prompts, from --prompt, standard input or --input."""
+def read_prompts(args):
+    """[(record, file:line)] to answer, from --prompt, standard input or --input."""
     if args.input:
-        records = [(f"{args.input}:{line}", record) for line, record in read_records(args.input)]
-    elif args.prompt == "-":
-        try:
-            lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input: not UTF-8 text ({error.reason})") from None
-        records = [(f"standard input:{i}", {"instruction": line}) for i, line in enumerate(lines, 1)]
-    else:
-        records = [("--prompt", {"instruction": args.prompt, "instruction_en": args.prompt_en})]
-    prompts = []
-    for number, (where, record) in enumerate(records):
-        own, english = instruction(record, where), text_field(record, "instruction_en", where, required=False)
-        lang = text_field(record, "lang", where, required=False) or args.lang
-        prompts.append(engine.prompt(own, english, lang, number, where))
-    return [record for _, record in records], prompts
+        return [(record, f"{args.input}:{line}") for line, record in read_records(args.input)]
+    if args.prompt != "-":
+        return [({"instruction": args.prompt, "instruction_en": args.prompt_en}, "--prompt")]
+    try:
+        lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not UTF-8 text ({error.reason}); convert it to UTF-8") from None
+    return [({"instruction": line}, f"standard input:{i}") for i, line in enumerate(lines, 1)]
 
 
 def main():
     args = parse_args()
-    say = lambda line: print(line, file=sys.stderr)
     if (args.prompt is None) == (args.input is None):
         raise UserError("infer.py: give either --prompt TEXT (or --prompt - for standard input) or --input FILE.jsonl")
     if args.output and not args.input:
         raise UserError("--output: goes with --input; the answer to --prompt is printed")
-    if args.output and Path(args.output).resolve() == Path(args.input).resolve():
-        raise UserError(f"{args.output}: is the input too; choose another --output")
-    engine = Engine(args.model, args, say)
-    records, prompts = read_prompts(args, engine)
+    if args.output:
+        check_folder(Path(args.output).parent)
+        if Path(args.output).is_dir() or Path(args.output).resolve() == Path(args.input).resolve():
+            raise UserError(f"{args.output}: is a folder, or the input itself; choose another --output")
+    records = read_prompts(args)
+    texts = [(instruction(r, where), text_field(r, "instruction_en", where, required=False),
+              text_field(r, "lang", where, required=False) or args.lang, where) for r, where in records]
+    engine = Engine(args.model, args)
+    prompts = [engine.prompt(own, english, lang, number, where) for number, (own, english, lang, where) in enumerate(texts)]
+    for notice in engine.notices:
+        print(notice, file=sys.stderr)
     options = args.max_new_tokens, args.temperature, args.top_p, args.seed
 
     if args.prompt not in (None, "-"):  # a single answer streams
@@ -234,7 +232,7 @@ def main():
         answers = engine.answer_all(prompts, args.batch_size, *options, progress=progress)
     texts = [engine.tokenizer.decode(a.ids) for a in answers]
     if args.input:
-        done = [dict(record, answer=text) for record, text in zip(records, texts)]
+        done = [dict(record, answer=text) for (record, _), text in zip(records, texts)]
         if args.explain:
             done = [dict(d, layer=a.layer, probabilities=a.probabilities) for d, a in zip(done, answers)]
         if args.output:

@@ -14,6 +14,7 @@ Every problem with what the user gave is a UserError: one line that names the fi
 """
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
@@ -504,6 +505,13 @@ def load_model(folder, dtype=None, device="cpu"):
         raise UserError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} the first; copy the whole checkpoint folder again")
     model.load_state_dict(tensors, strict=True, assign=True)
     return model if dtype else model.to(model.model.embed_tokens.weight.dtype)  # one dtype throughout, also where norms are stored in another
+
+
+def check_folder(path):
+    """Refuse, before any work is done, a folder that could not be made or written."""
+    there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{path}: cannot be written, {there} is not a folder with write permission; choose another place")
 
 
 def holds_model(folder):

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from cctuning import Batch, MatrixSums, cctuning_tensors, gumbel_noise, load_cctuning, r_squared
-from model import TEMPLATES, Config, Tokenizer, UserError, at_least, holds_model, instruction, pad, read_records, run_script, save_checkpoint, text_field
+from model import TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, holds_model, instruction, pad, read_records, run_script, save_checkpoint, text_field
 
 BETAS, WEIGHT_DECAY, MAX_NORM, WARMUP = (0.9, 0.999), 0.0, 1.0, 0.1
 WINDOW = 128     # samples that are sorted by length together when a step has fewer
@@ -236,8 +236,7 @@ def main():
 
     # Everything the user gave is checked before any work is done.
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; --out takes a folder")
+    check_folder(out)
     if holds_model(out) and not args.overwrite:
         raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
     config = Config.read(args.model)

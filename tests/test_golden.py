@@ -70,8 +70,8 @@ def test_training_step(folder, english_grad):
     with torch.no_grad():
         activations = cc.activations(batch.english_ids, batch.english_position)
         _, logits = cc.select(activations, batch.ids, batch.position)
-    assert (activations - expected["english_activations"]).abs().max() < 1e-4
-    assert (logits - expected["decision_logits"]).abs().max() < 1e-4
+    assert relative(activations, expected["english_activations"]) < 1e-4
+    assert relative(logits, expected["decision_logits"]) < 1e-4
     assert (logits + expected["gumbel_noise"]).argmax(-1).equal(expected["selected_layer"])
 
     loss = cc(batch, noise=expected["gumbel_noise"], english_grad=english_grad) / (batch.labels != -100).sum()
@@ -101,6 +101,8 @@ def test_transform_matrix(folder, case):
     cc, expected = load_cc(folder)
     matrix, x, y = fitted(cc, expected, case)
     assert relative(matrix, expected[f"{case}.solution"]) < 1e-4
+    residual = (x.double() @ matrix.double() - y.double()).square().mean()
+    assert abs(residual - expected[f"{case}.residual_mse"]) < 1e-4 * y.double().square().mean()
 
 
 @pytest.mark.parametrize("folder", CC, ids=name)

@@ -1,0 +1,133 @@
+"""The method: what the golden values do not cover."""
+import numpy as np
+import pytest
+import torch
+
+from cctuning import Batch, CCTuning, MatrixSums, gumbel_noise, least_squares, load_cctuning, r_squared
+from model import load_model, new_cache, pad
+
+PROMPTS = [[1, 5, 9, 30, 200, 7], [1, 400, 3, 3], [1, 8, 8, 8, 90, 17, 300, 12, 44]]
+ENGLISH = [[1, 33, 34, 35, 36], [1, 77, 78, 79], [1, 91, 92, 93, 94, 95, 96]]
+
+
+@pytest.fixture
+def cc(checkpoint):
+    cc = CCTuning(load_model(checkpoint()), seed=5)
+    cc.decision_maker.weight.data *= 50  # so that rows choose different layers
+    cc.matrices = {name: 2 * torch.randn(48, 48, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(("shared", "sw", "hi"))}
+    return cc
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("back", [1, 2, 3])
+@pytest.mark.parametrize("connection", ["matrix", "english"])
+def test_recompute_equals_two_full_passes(cc, back, connection):
+    """Catches tokens after the connection position that keep what they read before the connection, in the logits or in the cache."""
+    ids, lengths = pad(PROMPTS)
+    cache = new_cache(cc.lm.config, 3, 16, torch.float32, "cpu")
+    logits, decision = cc.prefill(ids, lengths, back, cache, connection, ["shared"] * 3, pad(ENGLISH))
+    if connection == "matrix":
+        activations = cc.transform(cc.activations(ids, lengths - back), ["shared"] * 3)
+    else:
+        english, english_lengths = pad(ENGLISH)
+        activations = cc.activations(english, english_lengths - back)
+    vector, full_decision = cc.select(activations, ids, lengths - back)
+    full = cc.lm.logits(cc.lm(ids, fused=(vector, lengths - back))[0])
+    assert (decision - full_decision).abs().max() < 1e-4
+    assert (logits - full[torch.arange(3), lengths - 1]).abs().max() < 1e-4
+    token = torch.tensor([[17], [18], [19]])
+    cached = cc.lm.logits(cc.lm(token, positions=lengths[:, None], cache=cache)[0])[:, 0]
+    longer = ids.new_zeros(3, ids.shape[1] + 1).scatter(1, torch.arange(ids.shape[1]).expand(3, -1), ids).scatter(1, lengths[:, None], token)
+    uncached = cc.lm.logits(cc.lm(longer, fused=(vector, lengths - back))[0])[torch.arange(3), lengths]
+    assert (cached - uncached).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_unconnected_equals_the_plain_model(cc):
+    """Catches a connection that leaks when it is off."""
+    ids, lengths = pad(PROMPTS)
+    logits, decision = cc.prefill(ids, lengths, 1, new_cache(cc.lm.config, 3, 9, torch.float32, "cpu"), "none")
+    assert decision is None
+    assert (logits - cc.lm.logits(cc.lm(ids)[0])[torch.arange(3), lengths - 1]).abs().max() < 1e-5
+    answers = ids.masked_fill(torch.arange(ids.shape[1]) < lengths[:, None] - 1, -100).masked_fill(torch.arange(ids.shape[1]) >= lengths[:, None], -100)
+    loss = cc(Batch(ids, answers, lengths - 2, *pad(ENGLISH)), "none")
+    logits = cc.lm.logits(cc.lm(ids)[0])[torch.arange(3), lengths - 2]
+    assert abs(loss - torch.nn.functional.cross_entropy(logits, ids[torch.arange(3), lengths - 1], reduction="sum")) < 1e-4
+
+
+@torch.no_grad()
+def test_a_row_gets_its_own_matrix(cc):
+    """Catches per-language matrices that are handed to the wrong rows."""
+    activations = torch.randn(4, 3, 48, generator=torch.Generator().manual_seed(1))
+    found = cc.transform(activations, ["hi", "sw", "hi"])
+    for i, name in enumerate(("hi", "sw", "hi")):
+        assert (found[:, i] - activations[:, i] @ cc.matrices[name]).abs().max() < 1e-4
+
+
+def test_bfloat16_step_has_every_gradient(cc):
+    """Catches autocast reusing, in the own-language pass, weights that the English pass cast under no_grad: they then had no gradient."""
+    from train import Workers
+    ids, lengths = pad(PROMPTS)
+    english, english_lengths = pad(ENGLISH)
+    batch = Batch(ids, ids.masked_fill(torch.arange(ids.shape[1]) < 2, -100), torch.ones_like(lengths), english, english_lengths - 1)
+    grads = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        cc.zero_grad()
+        with Workers(0, 1, torch.device("cpu"), dtype).autocast():
+            loss = cc(batch, noise=gumbel_noise(0, 0, range(3), 4))
+        loss.backward()
+        grads[dtype] = {name: p.grad.clone() for name, p in cc.named_parameters()}
+    for name, exact in grads[torch.float32].items():
+        assert torch.nn.functional.cosine_similarity(exact.flatten(), grads[torch.bfloat16][name].flatten(), dim=0) > 0.9, name
+
+
+def test_gumbel_noise():
+    """Catches noise that depends on which samples share a batch, repeats from step to step, or is not Gumbel."""
+    whole = gumbel_noise(1, 7, [3, 8, 2], 4)
+    assert whole[1:].equal(torch.cat([gumbel_noise(1, 7, [8], 4), gumbel_noise(1, 7, [2], 4)]))
+    assert not whole.equal(gumbel_noise(1, 8, [3, 8, 2], 4)) and not whole.equal(gumbel_noise(2, 7, [3, 8, 2], 4))
+    many = gumbel_noise(0, 0, range(5000), 4)
+    assert abs(many.mean() - np.euler_gamma) < 0.03 and abs(many.var() - np.pi ** 2 / 6) < 0.06
+
+
+def test_matrix_sums():
+    """Catches sums that depend on the batching, languages that leak into one another, and a shared matrix that misses one."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(4, 60, 12, generator=rng) for _ in range(2))
+    langs = ["sw", "hi", "de"] * 20
+    sums = MatrixSums(["de", "hi", "sw"], 12)
+    for part in torch.arange(60).split(11):
+        sums.add(x[:, part], y[:, part], [langs[i] for i in part])
+    found = sums.solve()
+    assert found.keys() == {"shared", "de", "hi", "sw"}
+    for name, matrix in found.items():
+        rows = [i for i in range(60) if name in ("shared", langs[i])]
+        expected = torch.linalg.lstsq(x[:, rows].flatten(0, 1).double(), y[:, rows].flatten(0, 1).double()).solution
+        assert (matrix - expected).abs().max() < 1e-5
+
+
+def test_least_squares():
+    """Catches a ridge that depends on the scale of the activations, and a solution that is not of least norm or has noise in the null space."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(30, 8, generator=rng, dtype=torch.float64) for _ in range(2))
+    expected = torch.linalg.solve(x.T @ x + 0.1 * (x * x).sum() / 8 * torch.eye(8, dtype=torch.float64), x.T @ y)
+    assert (least_squares(x.T @ x, x.T @ y, 0.1) - expected).abs().max() < 1e-10
+    assert (least_squares(100 * x.T @ x, 100 * x.T @ y, 0.1) - expected).abs().max() < 1e-10
+    x[:, 3] = x[:, 5]
+    expected = torch.linalg.pinv(x) @ y
+    assert (least_squares(x.T @ x, x.T @ y) - expected).abs().max() < 1e-8
+
+
+def test_r_squared():
+    """Catches layers pooled, and an R^2 against zero instead of the mean."""
+    x = torch.randn(3, 50, 6, generator=torch.Generator().manual_seed(0))
+    y = x.clone()
+    y[2] += 100.0 + 3 * torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+    found = r_squared(torch.eye(6), x, y)
+    assert (found[:2] - 1).abs().max() < 1e-6 and found[2] < 0
+
+
+def test_decision_maker_starts_from_the_seed(checkpoint):
+    """Catches a start that is not reproducible, or of another spread than the config's initializer_range."""
+    weights = [load_cctuning(checkpoint(hidden_size=480, num_attention_heads=4), seed=s).decision_maker.weight for s in (1, 1, 2)]
+    assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2]) and abs(weights[0].std() - 0.02) < 0.002
