@@ -92,28 +92,23 @@ def read_json_lines(path):
 
 def read_records(path):
     """[(line number, value)] of JSON lines, or of a JSON list."""
-    text, records, decoder = read_text(path), [], json.JSONDecoder()
+    text = read_text(path)
     if not text.lstrip().startswith("["):
         return read_json_lines(path)
-    # A list is decoded element by element, so that each keeps its line number.
-    space = re.compile(r"\s*")
-    at, line, counted = space.match(text, text.index("[") + 1).end(), 1, 0
-    while text[at:at + 1] != "]":
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{line}: not valid JSON ({error}); expected a JSON list of objects") from None
-        records.append((line, value))
-        at = space.match(text, end).end()
-        if text[at:at + 1] == ",":
-            at = space.match(text, at + 1).end()
-        elif text[at:at + 1] != "]":
-            raise UserError(f"{path}:{line + text.count(chr(10), counted, at)}: expected ',' or ']' after this element of the JSON list")
-    if text[at + 1:].strip():
-        raise UserError(f"{path}: there is text after the end of the JSON list; remove it")
-    if not records:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON ({error}); expected JSON lines or one JSON list") from None
+    if not values:
         raise UserError(f"{path}: is an empty list; expected JSON lines or a JSON list of objects")
+    records, end = [], text.index("[") + 1
+    line = 1 + text.count("\n", 0, end)
+    for value in values:  # found again in the text, for its line
+        start = re.compile(r"[\s,]*").match(text, end).end()
+        line += text.count("\n", end, start)
+        records.append((line, value))
+        _, end = json.JSONDecoder().raw_decode(text, start)
+        line += text.count("\n", start, end)
     return records
 
 

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="checkpoint folder to start from")
     add("--data", required=True, metavar="FILE", help="training samples")
-    add("--eval_data", metavar="FILE", help="samples for a validation loss, after each epoch and at the end")
+    add("--eval_data", metavar="FILE", help="samples for a validation loss, after each epoch")
     add("--out", default="out", metavar="DIR", help="folder for the result (default %(default)s)")
     add("--overwrite", action="store_true", help="replace a model in --out, once the new one is there")
     add("--method", choices=("cc", "sft"), default="cc", help="CC-Tuning, or plain supervised fine-tuning (default %(default)s)")
@@ -264,7 +264,7 @@ def main():
         cc.decision_maker.requires_grad_(False)
     if workers.world > 1:
         shard(cc, workers)
-    connections = ("english",) if args.method == "cc" else ("none",)
+    connections = ("english", "matrix", "none") if args.method == "cc" else ("none",)  # trained with the first, measured with all
 
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "train_log.jsonl", "w", encoding="utf-8") if main_process else None
@@ -310,11 +310,11 @@ def main():
             line = f"step {step + 1:>{len(str(len(steps)))}}/{len(steps)}  loss {loss:7.4f}  lr {lr:8.2e}  grad {norm:8.3f}  {speed:8.0f} tokens/s"
             if main_process:
                 progress.write(line)
-        if eval_samples and (step + 1 == len(steps) or steps[step + 1][0] != epoch):
+        if eval_samples and step + 1 < len(steps) and steps[step + 1][0] != epoch:  # after the last epoch: below
             found = validation_loss(cc, eval_samples, tokenizer, workers, args.micro_batch, connections[0])
             record(step=step + 1, epoch=epoch, eval_loss={connections[0]: found})
             if main_process:
-                progress.write(f"epoch {epoch + 1}/{args.epochs}  validation loss {found:.4f}")
+                progress.write(f"epoch {epoch + 1}/{args.epochs}  validation loss {found:.4f} {connections[0]}")
     progress.close()
 
     # Fit the Transform Matrix.
@@ -327,8 +327,8 @@ def main():
         say(f"matrix fitted on {entry['matrix']['prompts']} prompts, R^2 per layer on {entry['matrix']['held_out']} others: "
             + " ".join(f"{r:.2f}" for r in entry["matrix"].get("r_squared", [])))
         record(matrix=entry["matrix"])
-    if eval_samples and args.method == "cc":
-        found = {c: validation_loss(cc, eval_samples, tokenizer, workers, args.micro_batch, c) for c in ("english", "matrix", "none")}
+    if eval_samples:
+        found = {c: validation_loss(cc, eval_samples, tokenizer, workers, args.micro_batch, c) for c in connections}
         record(eval_loss=found)
         say("validation loss: " + ", ".join(f"{value:.4f} {name}" for name, value in found.items()))
 

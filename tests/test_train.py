@@ -154,7 +154,7 @@ def test_validation_loss(checkpoint, tmp_path, run):
     assert code == 0, err
     entries = [json.loads(line).get("eval_loss") for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
     per_epoch, found = [e for e in entries if e and len(e) == 1], entries[-1]
-    assert len(per_epoch) == 2 and found.keys() == {"english", "matrix", "none"} and abs(per_epoch[-1]["english"] - found["english"]) < 1e-6
+    assert [e.keys() for e in per_epoch] == [{"english"}] and found.keys() == {"english", "matrix", "none"}
     cc, tokenizer = load_cctuning(tmp_path / "out"), Tokenizer(tmp_path / "out", Config.read(tmp_path / "out"))
     samples, _ = train.read_samples(data, tokenizer, 256)
     with torch.no_grad():
