@@ -104,38 +104,40 @@ class CCTuning(nn.Module):
 
     # Inference ---------------------------------------------------------------------------------------------------------------
 
-    def transform(self, activations, names):
-        """H W in float32: English-like activations (L, B, d) from own-language ones; names: the matrix of each row."""
-        result = activations.float()
-        for name in sorted(set(names)):
-            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=result.device)
-            result = result.index_copy(1, rows, result[:, rows] @ self.matrices[name])
+    def transform(self, activations, matrix_names):
+        """H W in float32: English-like activations (L, B, d) from own-language ones, each row (B) by the matrix of its name."""
+        activations = activations.float()
+        result = torch.empty_like(activations)
+        with torch.autocast(activations.device.type, enabled=False):
+            for name in sorted(set(matrix_names)):
+                rows = [i for i, n in enumerate(matrix_names) if n == name]
+                result[:, rows] = activations[:, rows] @ self.matrices[name]
         return result
 
-    def prefill(self, ids, lengths, back, cache, connection="matrix", names=None, english=None):
+    def prefill(self, ids, lengths, connection_index, cache, connection="matrix", matrix_names=None, english=None):
         """Read right-padded prompts (B, T) of these lengths (B,) into the cache, connected.
 
-        back: the connection position counted from a prompt's end, 1 for its last token.
-        connection: "matrix", with the matrices called `names` (B); "english", from english = (ids, lengths) of the English prompts;
-            "none".
+        connection_index: the connection position, counted from a prompt's end, -1 for its last token.
+        connection: "matrix", by the matrices of these names (B); "english", from english = (ids, lengths) of the English prompts; "none".
         Returns the logits that follow the prompts (B, V) and the Decision Maker's (B, L), or None.
 
         With the matrix, H is known only after a pass over the prompt, and fusion changes layer 0's output at p alone. Attention being
         causal, all that stood before p stays as it is: it is enough to run the tokens from p on once more, over their rows of the cache.
         This equals a second full pass.
         """
-        position, fused, decision = lengths - back, None, None
+        position, decision = lengths + connection_index, None
         if connection == "matrix":
-            activations = self.transform(self.lm(ids, cache=cache, at=position)[1], names)
+            activations = self.transform(self.lm(ids, cache=cache, at=position)[1], matrix_names)
             vector, decision = self.select(activations, ids, position)
-            tail = position[:, None] + torch.arange(back, device=ids.device)  # (B, back)
+            tail = position[:, None] + torch.arange(-connection_index, device=ids.device)  # (B, 1 to 3)
             x, _ = self.lm(ids.gather(1, tail), positions=tail, cache=cache, fused=(vector, torch.zeros_like(position)))
+        elif connection == "english":
+            activations = self.activations(english[0], english[1] + connection_index)
+            vector, decision = self.select(activations, ids, position)
+            x, _ = self.lm(ids, cache=cache, fused=(vector, position))
+            x = x[torch.arange(len(ids), device=ids.device), lengths - 1][:, None]  # (B, 1, d)
         else:
-            if connection == "english":
-                activations = self.activations(english[0], english[1] - back)
-                vector, decision = self.select(activations, ids, position)
-                fused = vector, position
-            x, _ = self.lm(ids, cache=cache, fused=fused, at=lengths - 1)
+            x, _ = self.lm(ids, cache=cache, at=lengths - 1)
         return self.lm.logits(x[:, -1]), decision
 
 
@@ -156,7 +158,7 @@ class MatrixSums:
         self.sums = {name: torch.zeros(2, width, width, dtype=torch.float64, device=device) for name in names}
 
     def add(self, own, english, names):
-        """Take in activations X and Y (L, B, d) of prompts and of their English versions; names (B): the sum each prompt belongs to."""
+        """Take in activations X and Y (L, B, d) of prompts and of their English versions; names (B): the matrix each prompt belongs to."""
         for name in sorted(set(names)):
             rows = [i for i, n in enumerate(names) if n == name]
             x, y = (h[:, rows].flatten(0, 1).double() for h in (own, english))  # (L * rows, d)
@@ -196,6 +198,8 @@ def load_cctuning(folder, dtype=None, device="cpu", seed=0):
     else:
         path = folder
         tensors = {"decision_maker.weight": w for w in cc.lm.extra.values()}
+    if tensors and "decision_maker.weight" not in tensors or (len(tensors) > 1 and "transform_matrix" not in tensors):
+        raise UserError(f"{path}: lacks decision_maker.weight or transform_matrix; fit the matrix again with train.py --epochs 0")
     width = cc.lm.config.hidden_size
     for name, tensor in tensors.items():
         weight = name == "decision_maker.weight"

@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from infer import Engine, add_engine_options, write_lines
-from model import UserError, at_least, check_folder, instruction, read_json_lines, run_script
+from model import Config, Tokenizer, UserError, at_least, check_folder, instruction, read_json_lines, run_script, weight_files
 
 OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # the answers to choose from
 
@@ -106,14 +106,21 @@ def choice(answer, options):
 
 # ------------------------------------------------------------------------------------------------------------------------- main
 
-def score(engine, args, task, lang, items, folder):
-    """Answer a task in one language, write the answers, return a row of results.json."""
-    shortened, prompts = 0, []
-    room = engine.config.max_length - args.max_new_tokens
+def encode(engine, args, lang, items):
+    """The Prompts of a task in one language, and how many had to be shortened to leave room for an answer."""
+    room, shortened, prompts = engine.config.max_length - args.max_new_tokens, 0, []
+    if room < len(engine.tokenizer.prompt("")) + 16:
+        raise UserError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in the model's {engine.config.max_length}; lower it")
     for number, (own, english, _, where) in enumerate(items):
+        english = english if engine.connection == "english" else None
         texts = [text and shorten(text, engine.tokenizer, room) for text in (own, english)]
         shortened += texts != [own, english]
         prompts.append(engine.prompt(*texts, lang, number, where))
+    return prompts, shortened
+
+
+def score(engine, args, task, lang, items, prompts, folder):
+    """Answer a task in one language, write the answers, return a row of results.json."""
     with tqdm(total=len(prompts), desc=f"{task} {lang}", leave=False, disable=None) as progress:
         answers = engine.answer_all(prompts, args.batch_size, args.max_new_tokens, progress=progress)
     rows = []
@@ -121,11 +128,10 @@ def score(engine, args, task, lang, items, folder):
         text = engine.tokenizer.decode(answer.ids)
         found = choice(text, OPTIONS[task])
         rows.append({"instruction": own, "answer": text, "choice": found, "gold": gold, "correct": found == gold, "layer": answer.layer})
-    (folder / task).mkdir(parents=True, exist_ok=True)
     write_lines(folder / task / f"{lang}.jsonl", rows)
     correct = sum(row["correct"] for row in rows)
     return {"task": task, "lang": lang, "connection": engine.connection, "items": len(rows), "correct": correct,
-            "accuracy": correct / len(rows), "unparsed": sum(row["choice"] is None for row in rows), "shortened": shortened}
+            "accuracy": correct / len(rows), "unparsed": sum(row["choice"] is None for row in rows)}
 
 
 def table(results, models):
@@ -150,18 +156,23 @@ def main():
     if len(set(args.model)) < len(args.model):
         raise UserError("--model: a folder is named twice; name each once")
     todo = [(task, lang, read_task(args.data, task, lang, args.limit)) for task, lang in find_tasks(args.data, args.tasks, args.langs)]
+    for model in args.model:  # what can be told without loading the weights, before any work is done
+        Tokenizer(model, Config.read(model), args.template)
+        weight_files(model)
     results = []
     for model in args.model:
         engine = Engine(model, args)
+        encoded = [encode(engine, args, lang, items) for _, lang, items in todo]
         for notice in engine.notices:
             print(notice, file=sys.stderr)
         folder = out / "answers" / re.sub(r"[^\w.-]+", "_", model.strip("/"))
-        for task, lang, items in todo:
-            results.append({"model": model, **score(engine, args, task, lang, items, folder)})
-        for what in ("unparsed", "shortened"):
+        for (task, lang, items), (prompts, shortened) in zip(todo, encoded):
+            results.append({"model": model, **score(engine, args, task, lang, items, prompts, folder), "shortened": shortened})
+        for what, meaning in (("unparsed", "answers named no option and count as wrong"), ("shortened", "prompts were shortened to fit")):
             count = sum(r[what] for r in results if r["model"] == model)
             if count:
-                print(f"{model}: {count} {dict(unparsed='answers named no option and count as wrong', shortened='prompts were shortened to fit')[what]}")
+                print(f"{model}: {count} {meaning}")
+        del engine  # before the next model is loaded
     out.mkdir(parents=True, exist_ok=True)
     markdown = table(results, args.model)
     for file, text in (("results.json", json.dumps({"arguments": vars(args), "results": results}, indent=1)), ("results.md", markdown + "\n")):

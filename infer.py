@@ -55,7 +55,7 @@ def add_engine_options(parser):
 class Prompt:
     ids: list
     english_ids: list | None = None
-    lang: str | None = None
+    matrix_name: str = "shared"
     number: int = 0  # its place in the input
 
 
@@ -88,19 +88,20 @@ class Engine:
             raise UserError(f"{folder}: has no Decision Maker to connect with; train it with train.py, or use --connection none")
         if self.connection == "matrix" and not self.cc.matrices:
             raise UserError(f"{folder}: has no Transform Matrix; fit one with train.py --epochs 0, or use --connection none")
+        if self.connection == "matrix" and self.matrix == "per_language" and len(self.cc.matrices) == 1:
+            raise UserError(f"{folder}: has no matrix of any language; fit them with train.py --epochs 0 --per_language, or use --matrix shared")
 
     def prompt(self, own, english=None, lang=None, number=0, where="prompt"):
         """Encode a prompt, refusing what cannot be answered: where is its file:line."""
-        known = {*LANGUAGES, *self.config.cctuning.get("languages", []), *self.cc.matrices} - {"shared"}
-        if lang is not None and lang not in known:
-            raise UserError(f"{where}: unknown language {lang!r}; known are {' '.join(sorted(known))}")
-        if self.connection == "matrix" and self.matrix == "per_language" and lang not in self.cc.matrices:
-            own_matrices = ", ".join(sorted(self.cc.matrices.keys() - {"shared"})) or "none"
-            raise UserError(f"{where}: {self.folder} has no matrix for language {lang} (it has {own_matrices}); "
-                            "fit with train.py --epochs 0 --per_language, or use --matrix shared")
-        if self.connection == "english" and english is None:
-            raise UserError(f"{where}: --connection english needs the prompt's English version (instruction_en or --prompt_en)")
-        prompt = Prompt(self.tokenizer.prompt(own), english and self.tokenizer.prompt(english), lang, number)
+        name = lang if self.matrix == "per_language" and lang in self.cc.matrices else "shared"
+        if self.matrix == "per_language" and name == "shared" and self.connection == "matrix":
+            notice = f"{self.folder}: has no matrix for {lang or 'prompts without a language'}, the shared one is used"
+            self.notices += [] if notice in self.notices else [notice]
+        prompt = Prompt(self.tokenizer.prompt(own), None, name, number)
+        if self.connection == "english":
+            if not english or not english.strip():
+                raise UserError(f"{where}: --connection english needs the prompt's English version; give instruction_en or --prompt_en")
+            prompt.english_ids = self.tokenizer.prompt(english)
         for ids in (prompt.ids, prompt.english_ids or []):
             if len(ids) >= self.config.max_length:
                 raise UserError(f"{where}: is {len(ids)} tokens long, the model takes {self.config.max_length} with the answer; shorten it")
@@ -114,8 +115,8 @@ class Engine:
         ids, lengths = (t.to(device) for t in pad([p.ids for p in prompts]))
         cache = new_cache(self.config, len(prompts), ids.shape[1] + max(limits), cc.lm.model.embed_tokens.weight.dtype, device)
         english = [t.to(device) for t in pad([p.english_ids for p in prompts])] if self.connection == "english" else None
-        names = [p.lang if self.matrix == "per_language" else "shared" for p in prompts]
-        logits, decision = cc.prefill(ids, lengths, -self.tokenizer.connection, cache, self.connection, names, english)
+        names = [p.matrix_name for p in prompts]
+        logits, decision = cc.prefill(ids, lengths, self.tokenizer.connection_index, cache, self.connection, names, english)
 
         probabilities = [None] * len(prompts) if decision is None else decision.float().softmax(-1).tolist()
         answers = [Answer([], p) for p in probabilities]
@@ -168,7 +169,7 @@ def pick(logits, temperature, top_p, randoms):
     chances = chances.masked_fill((below >= top_p) & (below > 0), 0)  # the likeliest always stays
     uniform = torch.tensor([[r.random()] for r in randoms], device=logits.device)
     rank = (chances.cumsum(-1) <= uniform * chances.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-    return tokens.gather(1, rank.clamp(max=logits.shape[-1] - 1))[:, 0]
+    return tokens.gather(1, rank.clamp(max=(chances > 0).sum(-1, keepdim=True) - 1))[:, 0]
 
 
 def write_lines(path, records):
@@ -176,7 +177,8 @@ def write_lines(path, records):
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair: back to its JSON escape
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         os.replace(partial, path)
     except OSError as error:
@@ -190,16 +192,20 @@ def read_prompts(args):
     if args.prompt != "-":
         return [({"instruction": args.prompt, "instruction_en": args.prompt_en}, "--prompt")]
     try:
-        lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: not UTF-8 text ({error.reason}); convert it to UTF-8") from None
-    return [({"instruction": line}, f"standard input:{i}") for i, line in enumerate(lines, 1)]
+    if not text:
+        raise UserError("standard input: is empty; give a prompt per line")
+    return [({"instruction": line}, f"standard input:{i}") for i, line in enumerate(text.removesuffix("\n").split("\n"), 1)]
 
 
 def main():
     args = parse_args()
     if (args.prompt is None) == (args.input is None):
         raise UserError("infer.py: give either --prompt TEXT (or --prompt - for standard input) or --input FILE.jsonl")
+    if args.prompt_en is not None and args.prompt in (None, "-"):
+        raise UserError("--prompt_en: goes with --prompt TEXT; lines of --input have their own instruction_en")
     if args.output and not args.input:
         raise UserError("--output: goes with --input; the answer to --prompt is printed")
     if args.output:
@@ -208,9 +214,12 @@ def main():
             raise UserError(f"{args.output}: is a folder, or the input itself; choose another --output")
     records = read_prompts(args)
     texts = [(instruction(r, where), text_field(r, "instruction_en", where, required=False),
-              text_field(r, "lang", where, required=False) or args.lang, where) for r, where in records]
+              text_field(r, "lang", where, required=False), where) for r, where in records]
+    known = {*LANGUAGES, *Config.read(args.model).languages, *(lang for _, _, lang, _ in texts if lang)}
+    if args.lang and args.lang not in known:
+        raise UserError(f"--lang: unknown language {args.lang!r}; known are {' '.join(sorted(known))}")
     engine = Engine(args.model, args)
-    prompts = [engine.prompt(own, english, lang, number, where) for number, (own, english, lang, where) in enumerate(texts)]
+    prompts = [engine.prompt(own, english, lang or args.lang, number, where) for number, (own, english, lang, where) in enumerate(texts)]
     for notice in engine.notices:
         print(notice, file=sys.stderr)
     options = args.max_new_tokens, args.temperature, args.top_p, args.seed

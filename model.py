@@ -45,10 +45,10 @@ def run_script(main, speak=True):
 
 
 def at_least(low, kind=int):
-    """An argparse type: a finite number from `low` up."""
+    """An argparse type: a number from `low` up, within 63 bits."""
     def number(text):
         value = kind(text)
-        if not low <= value < float("inf"):
+        if not low <= value < 2 ** 63:
             raise argparse.ArgumentTypeError(f"{text} is not {low} or more")
         return value
     return number
@@ -136,6 +136,10 @@ def instruction(record, where):
 
 # ----------------------------------------------------------------------------------------------------------------- configuration
 
+ROPE_SCALING = {"default": (), "linear": ("factor",),  # rope type: what describes it
+                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
 @dataclass(frozen=True)
 class Config:
     """The architecture, as config.json gives it."""
@@ -154,6 +158,9 @@ class Config:
     qkv_bias: bool
     initializer_range: float
     max_length: int                # positions that the model was made for, or its sliding window where that is shorter
+    bos_token_id: int | None
+    eos_token_ids: tuple
+    languages: tuple               # that the training data brought
     cctuning: dict                 # what save_checkpoint noted: template, method, arguments, fit statistics
 
     @classmethod
@@ -163,42 +170,40 @@ class Config:
         if not path.exists():
             raise UserError(f"{path}: not found; --model takes a Hugging Face checkpoint folder")
         raw = read_json(path)
-        family = raw.get("model_type")
-
-        def refuse(what):
-            raise UserError(f"{path}: {what} is not implemented; use a Llama, Mistral or Qwen 2.5 checkpoint without it")
-
-        def number(source, key, default=None, kind=int):
-            value = default if source.get(key) is None else source[key]
-            if kind is float and isinstance(value, int):
-                value = float(value)
-            if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
-                raise UserError(f"{path}: {key} is {value!r}, expected a positive {kind.__name__}; restore the file")
-            return value
-
-        if family not in ("llama", "mistral", "qwen2"):
-            refuse(f"model_type {family!r}")
-        if raw.get("quantization_config") is not None:
-            refuse("quantization_config (quantised weights)")
-        for key in ("attention_bias", "mlp_bias"):
-            if raw.get(key):
-                refuse(key)
-        if raw.get("hidden_act", "silu") != "silu":
-            refuse(f"hidden_act {raw['hidden_act']!r}")
-
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 puts rope_theta into rope_parameters
         if not isinstance(rope, dict):
             raise UserError(f"{path}: rope_scaling is {rope!r}, expected an object; restore the file")
-        rope = dict(rope, rope_type=rope.get("rope_type") or rope.get("type") or "default")
-        if rope["rope_type"] not in ("default", "linear", "llama3"):
-            refuse(f"rope type {rope['rope_type']!r}")
-        if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-            refuse("partial_rotary_factor")
-        scaling_keys = {"default": (), "linear": ("factor",),
-                        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        scaling = {key: number(rope, key, kind=float) for key in scaling_keys[rope["rope_type"]]}
-        if rope["rope_type"] == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
+        family, rope_type = raw.get("model_type"), rope.get("rope_type") or rope.get("type") or "default"
+        not_implemented = {
+            f"model_type {family!r}": family not in ("llama", "mistral", "qwen2"),
+            "quantization_config (quantised weights)": raw.get("quantization_config") is not None,
+            "attention_bias": raw.get("attention_bias"),
+            "mlp_bias": raw.get("mlp_bias"),
+            f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+            f"rope type {rope_type!r}": str(rope_type) not in ROPE_SCALING,
+            "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0,
+        }
+        for what, found in not_implemented.items():
+            if found:
+                raise UserError(f"{path}: {what} is not implemented; use a Llama, Mistral or Qwen 2.5 checkpoint without it")
+
+        def number(source, key, default=None, kind=int):
+            value = default if source.get(key) is None else source[key]
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2 ** 31:
+                raise UserError(f"{path}: {key} is {value!r}, expected a positive {kind.__name__}; restore the file")
+            return kind(value)
+
+        scaling = {key: number(rope, key, kind=float) for key in ROPE_SCALING[rope_type]}
+        if rope_type == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
             raise UserError(f"{path}: high_freq_factor must be larger than low_freq_factor; restore the file")
+        tied = raw.get("tie_word_embeddings", False)
+        eos = raw.get("eos_token_id")
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        cctuning = raw.get("cctuning", {})
+        languages = cctuning.get("languages", []) if isinstance(cctuning, dict) else None
+        if (not isinstance(tied, bool) or not all(isinstance(i, int) for i in eos) or not isinstance(languages, list)
+                or not all(isinstance(lang, str) for lang in languages)):
+            raise UserError(f"{path}: tie_word_embeddings, eos_token_id or cctuning is of the wrong type; restore the file")
 
         hidden, heads = number(raw, "hidden_size"), number(raw, "num_attention_heads")
         groups, head_dim = number(raw, "num_key_value_heads", heads), number(raw, "head_dim", hidden // heads)
@@ -219,12 +224,15 @@ class Config:
             head_dim=head_dim,
             rms_norm_eps=number(raw, "rms_norm_eps", 1e-6, float),
             rope_theta=number(rope, "rope_theta", raw.get("rope_theta", 10000.0), float),
-            rope_scaling=dict(scaling, rope_type=rope["rope_type"]) if scaling else None,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            rope_scaling=dict(scaling, rope_type=rope_type) if scaling else None,
+            tie_word_embeddings=tied,
             qkv_bias=family == "qwen2",
             initializer_range=number(raw, "initializer_range", 0.02, float),
             max_length=max_length,
-            cctuning=raw["cctuning"] if isinstance(raw.get("cctuning"), dict) else {},
+            bos_token_id=raw["bos_token_id"] if isinstance(raw.get("bos_token_id"), int) else None,
+            eos_token_ids=tuple(eos),
+            cctuning=cctuning,
+            languages=tuple(languages),
         )
 
 
@@ -384,14 +392,15 @@ class LanguageModel(nn.Module):
             right-padded. Causality is then mask enough, for padding comes after every real token.
         cache: made by new_cache; keys and values are kept there.
         fused: second input of the first layer's FFN, a vector (B, d) and the index (B,) in T of the token that gets it.
-        at (B,): only this token of each row is wanted (needs positions=None).
+        at (B,): only this token of each row is wanted (needs positions=None, fused=None).
         Returns the last layer's output (B, T, d), to be given to logits(), and None;
             with `at`, that of one token, (B, 1, d), and its FFN activations in every layer, (L, B, d): H of the paper.
         """
         x = self.model.embed_tokens(ids)
         length = ids.shape[1] if positions is None else int(positions.max()) + 1
         if self.rotary is None or self.rotary.shape[1] < length or self.rotary.device != ids.device:
-            self.rotary = rotary_table(self.config, max(2 * length, 256), ids.device)
+            with torch.inference_mode(False):  # else a table first needed there could not serve training afterwards
+                self.rotary = rotary_table(self.config, max(2 * length, 256), ids.device)
         if positions is None:
             rotary, mask = self.rotary[:, :length], None  # (2, T, D)
         else:
@@ -557,7 +566,8 @@ def save_checkpoint(out, source, tensors, entry, extra=None, shard_bytes=5_000_0
     if extra:
         save_file({name: t.contiguous() for name, t in extra.items()}, staging / "cctuning.safetensors")
 
-    for old in [out / INDEX, *out.glob("model*.safetensors"), out / "cctuning.safetensors"]:
+    # The old model goes, index first, with every file of its own that the new one lacks.
+    for old in [out / INDEX, *out.glob("model*.safetensors"), out / "cctuning.safetensors", *(out / name for name in TOKENIZER_FILES)]:
         old.unlink(missing_ok=True)
     for path in sorted(staging.iterdir(), key=lambda p: p.name == INDEX):
         path.replace(out / path.name)
@@ -572,7 +582,7 @@ class Template:
     text: str
     control: tuple = ()            # the control tokens in it
     end_of_turn: str | None = None  # None: the model's EOS
-    connection: int | None = -1    # connection position, from the end; None: the first token after the last control token
+    connection_index: int | None = -1  # connection position, from the end; None: the first token after the last control token
 
 
 TEMPLATES = {
@@ -590,7 +600,7 @@ TEMPLATES = {
 class Tokenizer:
     """Text to ids and back, with the checkpoint's chat template: one function for training, inference and evaluation.
 
-    connection: the connection position, counted from a prompt's end (-1: its last token).
+    connection_index: the connection position, counted from a prompt's end (-1: its last token).
     end_of_turn: the id that ends an answer.  stop: every id that ends decoding.
     notice: a line to show the user, or None.
     """
@@ -599,27 +609,27 @@ class Tokenizer:
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
         generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
-        raw = read_json(folder / "config.json")
-        if (folder / "tokenizer.model").exists():
-            path = folder / "tokenizer.model"
-            self._open_sentencepiece(path, settings)
-        elif (folder / "tokenizer.json").exists():
-            path = folder / "tokenizer.json"
-            self._open_json(path, settings, raw)
-        else:
+        path = next((folder / name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).exists()), None)
+        if path is None:
             raise UserError(f"{folder}: no tokenizer.model or tokenizer.json; copy the base model's tokenizer files there")
-        if self.size > config.vocab_size:
-            raise UserError(f"{path}: has {self.size} tokens, the model's embedding only {config.vocab_size}; one of the two is another model's")
+        try:
+            (self._open_sentencepiece if path.suffix == ".model" else self._open_json)(path, settings, config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of another shape than tokenizers have
+            raise UserError(f"{path}: it or tokenizer_config.json beside it is malformed ({error!r}); restore both") from None
+        needed = max([self.size, *(i + 1 for i in self.control.values())])
+        if needed > config.vocab_size:
+            raise UserError(f"{path}: has {needed} tokens, the model's embedding only {config.vocab_size}; one of the two is another model's")
 
         self.template, self.notice = template or config.cctuning.get("template"), None
         if self.template is None:
             known = [name for name, t in TEMPLATES.items() if t.control and self.control.keys() >= set(t.control)]
-            if not known and "[INST]" in str(settings.get("chat_template")):
+            jinja = folder / "chat_template.jinja"
+            if not known and "[INST]" in (read_text(jinja) if jinja.exists() else str(settings.get("chat_template"))):
                 raise UserError(f"{folder}: its chat template uses [INST], which is no token of the tokenizer; give --template llama2 or mistral")
             if not known:
                 self.notice = f"{folder}: no chat template recognised, using plain (--template names another)"
             self.template = (known or ["plain"])[0]
-        if self.template not in TEMPLATES:
+        if not isinstance(self.template, str) or self.template not in TEMPLATES:
             raise UserError(f"{folder}: unknown template {self.template!r}; there are {', '.join(TEMPLATES)}")
         t = TEMPLATES[self.template]
         for name in t.control:
@@ -629,16 +639,18 @@ class Tokenizer:
                 raise UserError(f"{path}: the text {name} would become a control token; make it a control piece of the tokenizer")
         self._pieces = [p for p in re.split("|".join(f"({re.escape(name)})" for name in t.control) or r"(?!)", t.text) if p]
 
-        listed = [g for g in (generation.get("eos_token_id"), raw.get("eos_token_id")) if g is not None]
-        listed = [i for g in listed for i in (g if isinstance(g, list) else [g])]
+        listed = generation.get("eos_token_id", [])
+        listed = [*(listed if isinstance(listed, list) else [listed]), *config.eos_token_ids]
+        if not all(isinstance(i, int) for i in listed):
+            raise UserError(f"{folder / 'generation_config.json'}: eos_token_id is {listed!r}, expected an id or a list of ids; restore the file")
         if t.end_of_turn is None and self.eos is None and not listed:
             raise UserError(f"{folder}: no EOS token in the tokenizer, config.json or generation_config.json; add eos_token_id to config.json")
         self.eos = listed[0] if self.eos is None and listed else self.eos
         self.end_of_turn = self.eos if t.end_of_turn is None else self.control[t.end_of_turn]
         self.stop = {self.end_of_turn, *listed} | ({self.eos} - {None})
-        self.connection = -len(self.encode(self._pieces[-1])) if t.connection is None else t.connection
+        self.connection_index = -len(self.encode(self._pieces[-1])) if t.connection_index is None else t.connection_index
 
-    def _open_sentencepiece(self, path, settings):
+    def _open_sentencepiece(self, path, settings, config):
         import sentencepiece
         try:
             sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -652,7 +664,7 @@ class Tokenizer:
                 self.control[token["content"]] = int(i)
         self.bos, self.eos = (i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id()))
 
-    def _open_json(self, path, settings, raw):
+    def _open_json(self, path, settings, config):
         try:
             import tokenizers
         except ImportError:
@@ -675,8 +687,8 @@ class Tokenizer:
             token = token.get("content") if isinstance(token, dict) else token
             return tk.token_to_id(token) if token else None
         self.bos, self.eos = id_of("bos_token"), id_of("eos_token")
-        if not settings and isinstance(raw.get("bos_token_id"), int):
-            self.bos = raw["bos_token_id"]
+        if not settings:
+            self.bos = config.bos_token_id
 
     def prompt(self, text):
         """Ids of a prompt in the chat template, with exactly one BOS where the model has one. Text never becomes a control token."""

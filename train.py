@@ -106,13 +106,13 @@ def plan(samples, batch_size, seed, epoch):
     return [steps[i] for i in rng.permutation(len(steps))]
 
 
-def collate(samples, connection):
-    """A Batch of samples; connection: the connection position, counted from a prompt's end (negative)."""
+def collate(samples, connection_index):
+    """A Batch of samples; connection_index: the connection position, counted from a prompt's end (negative)."""
     ids, lengths = pad([s.ids for s in samples])
     english_ids, english_lengths = pad([s.english_ids for s in samples])
     prompts, column = torch.tensor([s.prompt_length for s in samples]), torch.arange(ids.shape[1])
     answer = (column >= prompts[:, None]) & (column < lengths[:, None])  # (B, T)
-    return Batch(ids, ids.masked_fill(~answer, -100), prompts + connection, english_ids, english_lengths + connection)
+    return Batch(ids, ids.masked_fill(~answer, -100), prompts + connection_index, english_ids, english_lengths + connection_index)
 
 
 # ------------------------------------------------------------------------------------------------------------------- processes
@@ -126,10 +126,11 @@ class Workers:
     dtype: torch.dtype
 
     def deal(self, items, size):
-        """This process's share of items, cut into groups of `size`: (group, 1), or (some group, 0) where others have one more.
+        """This process's share of items, cut into groups of at most `size`: (group, 1), or (some group, 0) where others have one more.
 
         Every process gets the same number of groups, for all must take part in each forward pass of a sharded model.
         """
+        size = min(size, math.ceil(len(items) / self.world))
         groups = [items[i:i + size] for i in range(0, len(items), size)]
         for i in range(self.rank, math.ceil(len(groups) / self.world) * self.world, self.world):
             yield (groups[i], 1) if i < len(groups) else (groups[-1], 0)
@@ -140,8 +141,7 @@ class Workers:
         return tensor
 
     def autocast(self):
-        # Without cache: what the English pass casts under no_grad would be reused by the own-language pass, which then had no gradient.
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=False)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
 def start_workers(dtype):
@@ -158,8 +158,9 @@ def start_workers(dtype):
 
 def shard(cc, workers):
     """Spread the model over the processes: each decoder layer, and the rest with the root, whose one forward runs both passes."""
-    bfloat16 = workers.dtype == torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else MixedPrecisionPolicy()
+    low = torch.bfloat16 if workers.dtype == torch.bfloat16 else None
+    # Inputs are not cast: Gumbel noise rounded to bfloat16 could choose another layer than in one process.
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(workers.device.type, (workers.world,))
     for module in [*cc.lm.model.layers, cc]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -180,7 +181,7 @@ def validation_loss(cc, samples, tokenizer, workers, micro_batch, connection):
     samples = sorted(samples, key=lambda s: -len(s.ids))
     total = torch.zeros(2, dtype=torch.float64, device=workers.device)
     for group, real in workers.deal(samples, micro_batch):
-        batch = Batch(*(t.to(workers.device) for t in collate(group, tokenizer.connection)))
+        batch = Batch(*(t.to(workers.device) for t in collate(group, tokenizer.connection_index)))
         with workers.autocast():
             loss = cc(batch, connection)
         total += real * torch.stack((loss, (batch.labels != -100).sum())).double()
@@ -198,10 +199,9 @@ def fit_matrices(cc, samples, tokenizer, workers, args):
     name = (lambda s: s.lang) if args.per_language else (lambda s: "shared")
 
     def activations(group):
-        for rows in ([s.ids[:s.prompt_length] for s in group], [s.english_ids for s in group]):
-            ids, lengths = pad(rows)
-            with workers.autocast():
-                yield cc.activations(ids.to(workers.device), (lengths + tokenizer.connection).to(workers.device))
+        batches = (pad(rows) for rows in ([s.ids[:s.prompt_length] for s in group], [s.english_ids for s in group]))
+        with workers.autocast():
+            return [cc.activations(ids.to(workers.device), (lengths + tokenizer.connection_index).to(workers.device)) for ids, lengths in batches]
 
     by_length = lambda part: sorted(part, key=lambda s: -s.prompt_length)
     fit, test = by_length(chosen[held_out:]), by_length(chosen[:held_out])
@@ -220,9 +220,10 @@ def fit_matrices(cc, samples, tokenizer, workers, args):
     if args.per_language:
         note["prompts_per_language"] = {lang: sum(s.lang == lang for s in fit) for lang in sums.sums}
     if test:  # on every process the same, few as they are
-        groups = [list(activations(test[i:i + args.micro_batch])) for i in range(0, len(test), args.micro_batch)]
+        groups = [activations(test[i:i + args.micro_batch]) for i in range(0, len(test), args.micro_batch)]
         own, english = (torch.cat(side, dim=1) for side in zip(*groups))
-        note["r_squared"] = [round(r, 4) for r in r_squared(matrices["shared"], own, english).tolist()]
+        found = r_squared(matrices["shared"], own, english).tolist()
+        note["r_squared"] = [round(r, 4) if math.isfinite(r) else None for r in found]  # None: no variance to explain
     return matrices, note
 
 
@@ -279,7 +280,7 @@ def main():
     parameters = [p for p in cc.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     warmup = math.ceil(WARMUP * len(steps))
-    say(f"{args.method} on {workers.world} x {workers.device.type}, {args.dtype or workers.dtype}: {len(samples)} samples, {len(steps)} steps")
+    say(f"{args.method} on {workers.world} x {workers.device.type}, {str(workers.dtype).removeprefix('torch.')}: {len(samples)} samples, {len(steps)} steps")
     progress = tqdm(total=len(steps), desc="train", disable=None if main_process else True)
     for step, (epoch, numbers) in enumerate(steps):
         began = time.perf_counter()
@@ -290,13 +291,15 @@ def main():
         targets = sum(len(s.ids) - s.prompt_length for s in chosen)  # of the whole step: a mean of means would weigh short answers more
         total = torch.zeros((), device=workers.device)
         for group, real in workers.deal(numbers, args.micro_batch):
-            batch = Batch(*(t.to(workers.device) for t in collate([samples[i] for i in group], tokenizer.connection)))
+            batch = Batch(*(t.to(workers.device) for t in collate([samples[i] for i in group], tokenizer.connection_index)))
             noise = gumbel_noise(args.seed, step, group, config.num_hidden_layers).to(workers.device)
             with workers.autocast():
                 loss = cc(batch, connections[0], noise, args.english_grad) * real
             (loss * workers.world / targets).backward()  # sharded gradients are averaged over processes: undo the division
             total += loss.detach()
         loss = workers.sum(total).item() / targets
+        if not math.isfinite(loss):
+            raise UserError(f"{args.data}: the loss is {loss} at step {step + 1}; lower --lr, or look for a broken sample")
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         optimizer.step()
@@ -325,7 +328,7 @@ def main():
         entry["languages"] = sorted({s.lang for s in samples if s.lang})
         extra = cctuning_tensors(gathered(cc.decision_maker.weight), {name: w.cpu() for name, w in cc.matrices.items()})
         say(f"matrix fitted on {entry['matrix']['prompts']} prompts, R^2 per layer on {entry['matrix']['held_out']} others: "
-            + " ".join(f"{r:.2f}" for r in entry["matrix"].get("r_squared", [])))
+            + " ".join("-" if r is None else f"{r:.2f}" for r in entry["matrix"].get("r_squared", [])))
         record(matrix=entry["matrix"])
     if eval_samples:
         found = {c: validation_loss(cc, eval_samples, tokenizer, workers, args.micro_batch, c) for c in connections}

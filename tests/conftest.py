@@ -1,7 +1,10 @@
 """Tiny checkpoints with real tokenizers, made on the fly; every test runs in float32 with explicit seeds."""
 import io
 import json
+import os
 import sys
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads would only wait for one another
 
 import pytest
 import sentencepiece

@@ -72,4 +72,4 @@ def test_templates(tmp_path):
             config = SimpleNamespace(vocab_size=10 ** 6, cctuning={})
             tokenizer = Tokenizer(folder, config, "llama2" if case["template"] == "llama2" else None)
         assert tokenizer.template == case["template"] and tokenizer.prompt(case["text"]) == case["ids"], case
-        assert (tokenizer.connection, tokenizer.end_of_turn) == (case["connection_index"], case["end_of_turn"])
+        assert (tokenizer.connection_index, tokenizer.end_of_turn) == (case["connection_index"], case["end_of_turn"])

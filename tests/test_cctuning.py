@@ -19,26 +19,26 @@ def cc(checkpoint):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("back", [1, 2, 3])
+@pytest.mark.parametrize("index", [-1, -2, -3])
 @pytest.mark.parametrize("connection", ["matrix", "english"])
-def test_recompute_equals_two_full_passes(cc, back, connection):
+def test_recompute_equals_two_full_passes(cc, index, connection):
     """Catches tokens after the connection position that keep what they read before the connection, in the logits or in the cache."""
     ids, lengths = pad(PROMPTS)
     cache = new_cache(cc.lm.config, 3, 16, torch.float32, "cpu")
-    logits, decision = cc.prefill(ids, lengths, back, cache, connection, ["shared"] * 3, pad(ENGLISH))
+    logits, decision = cc.prefill(ids, lengths, index, cache, connection, ["shared"] * 3, pad(ENGLISH))
     if connection == "matrix":
-        activations = cc.transform(cc.activations(ids, lengths - back), ["shared"] * 3)
+        activations = cc.transform(cc.activations(ids, lengths + index), ["shared"] * 3)
     else:
         english, english_lengths = pad(ENGLISH)
-        activations = cc.activations(english, english_lengths - back)
-    vector, full_decision = cc.select(activations, ids, lengths - back)
-    full = cc.lm.logits(cc.lm(ids, fused=(vector, lengths - back))[0])
+        activations = cc.activations(english, english_lengths + index)
+    vector, full_decision = cc.select(activations, ids, lengths + index)
+    full = cc.lm.logits(cc.lm(ids, fused=(vector, lengths + index))[0])
     assert (decision - full_decision).abs().max() < 1e-4
     assert (logits - full[torch.arange(3), lengths - 1]).abs().max() < 1e-4
     token = torch.tensor([[17], [18], [19]])
     cached = cc.lm.logits(cc.lm(token, positions=lengths[:, None], cache=cache)[0])[:, 0]
     longer = ids.new_zeros(3, ids.shape[1] + 1).scatter(1, torch.arange(ids.shape[1]).expand(3, -1), ids).scatter(1, lengths[:, None], token)
-    uncached = cc.lm.logits(cc.lm(longer, fused=(vector, lengths - back))[0])[torch.arange(3), lengths]
+    uncached = cc.lm.logits(cc.lm(longer, fused=(vector, lengths + index))[0])[torch.arange(3), lengths]
     assert (cached - uncached).abs().max() < 1e-4
 
 
@@ -46,7 +46,7 @@ def test_recompute_equals_two_full_passes(cc, back, connection):
 def test_unconnected_equals_the_plain_model(cc):
     """Catches a connection that leaks when it is off."""
     ids, lengths = pad(PROMPTS)
-    logits, decision = cc.prefill(ids, lengths, 1, new_cache(cc.lm.config, 3, 9, torch.float32, "cpu"), "none")
+    logits, decision = cc.prefill(ids, lengths, -1, new_cache(cc.lm.config, 3, 9, torch.float32, "cpu"), "none")
     assert decision is None
     assert (logits - cc.lm.logits(cc.lm(ids)[0])[torch.arange(3), lengths - 1]).abs().max() < 1e-5
     answers = ids.masked_fill(torch.arange(ids.shape[1]) < lengths[:, None] - 1, -100).masked_fill(torch.arange(ids.shape[1]) >= lengths[:, None], -100)
@@ -65,7 +65,7 @@ def test_a_row_gets_its_own_matrix(cc):
 
 
 def test_bfloat16_step_has_every_gradient(cc):
-    """Catches autocast reusing, in the own-language pass, weights that the English pass cast under no_grad: they then had no gradient."""
+    """Catches weights that the English pass cast under no_grad being reused, without their gradient, in the own-language pass."""
     from train import Workers
     ids, lengths = pad(PROMPTS)
     english, english_lengths = pad(ENGLISH)
@@ -125,6 +125,8 @@ def test_r_squared():
     y[2] += 100.0 + 3 * torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
     found = r_squared(torch.eye(6), x, y)
     assert (found[:2] - 1).abs().max() < 1e-6 and found[2] < 0
+    expected = 1 - (y[2] - x[2]).square().sum() / (y[2] - y[2].mean(0)).square().sum()
+    assert abs(found[2] / expected - 1) < 1e-4
 
 
 def test_decision_maker_starts_from_the_seed(checkpoint):

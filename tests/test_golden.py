@@ -113,9 +113,9 @@ def test_inference(folder):
     cc.matrices["shared"] = expected["matrix.full_rank.solution"].float()
     ids, lengths, tokens = (expected[f"inference.{k}"] for k in ("input_ids", "lengths", "greedy"))
     cache = new_cache(cc.lm.config, len(ids), ids.shape[1] + tokens.shape[1], torch.float32, "cpu")
-    logits, decision = cc.prefill(ids, lengths, 1, cache, "matrix", ["shared"] * len(ids))
+    logits, decision = cc.prefill(ids, lengths, -1, cache, "matrix", ["shared"] * len(ids))
     assert decision.argmax(-1).equal(expected["inference.selected_layer"])
     assert (logits - expected["inference.first_logits"]).abs().max() < 1e-4
     assert greedy(cc.lm, logits, lengths, cache, tokens.shape[1]).equal(tokens)
-    plain, _ = cc.prefill(ids, lengths, 1, torch.zeros_like(cache), "none")
+    plain, _ = cc.prefill(ids, lengths, -1, torch.zeros_like(cache), "none")
     assert (plain - expected["inference.first_logits_unconnected"]).abs().max() < 1e-4

@@ -38,6 +38,18 @@ def test_cached_equals_uncached(checkpoint, chunk):
 
 
 @torch.no_grad()
+def test_rotary_table_grows(checkpoint):
+    """Catches positions beyond the first table, and a table made in inference mode that a later training step cannot use."""
+    ids = torch.randint(0, 512, (1, 300), generator=torch.Generator().manual_seed(0))
+    lm, fresh = (load_model(checkpoint()) for _ in range(2))
+    with torch.inference_mode():
+        lm(ids[:, :5])
+    assert lm(ids)[0].equal(fresh(ids)[0])
+    with torch.enable_grad():
+        lm.logits(lm(ids)[0]).sum().backward()
+
+
+@torch.no_grad()
 def test_one_token_of_the_last_layer(checkpoint):
     """Catches a last layer that, asked for one token, takes another's query, or a mask that lets it see what follows."""
     lm = load_model(checkpoint())
@@ -101,13 +113,17 @@ def test_save_load_save(checkpoint, tmp_path, dtype, tied):
 
 
 def test_saving_over_a_model_leaves_none_of_it(checkpoint, tmp_path):
-    """Catches an old model.safetensors beside the new shards (loaders would take it), and leftovers of the staging folder."""
+    """Catches an old model.safetensors beside the new shards (loaders would take it), an old tokenizer or matrix, and leftovers of the staging folder."""
     folder = tmp_path / "model"
     folder.mkdir()
     for file in checkpoint().iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    saved(folder, folder)
-    assert not (folder / "model.safetensors").exists() and not (folder / "saving.tmp").exists()
+    (folder / "tokenizer.json").write_text("another model's")
+    (folder / "cctuning.safetensors").write_text("another model's")
+    saved(folder, checkpoint())
+    assert not any((folder / name).exists() for name in ("model.safetensors", "saving.tmp", "tokenizer.json", "cctuning.safetensors"))
+    saved(folder, folder)  # in place, as --epochs 0 may
+    assert (folder / "tokenizer.model").exists()
     assert tensors(folder).keys() == tensors(checkpoint()).keys()
 
 

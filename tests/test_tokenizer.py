@@ -54,12 +54,12 @@ def test_connection_position_and_end_of_turn(tokenizer, template, kind):
         ids = t.prompt(text)
         names = {i: name for name, i in t.control.items()}
         if template == "chatml":
-            assert names.get(ids[t.connection - 1]) == "<|im_start|>"
-            assert t.decode(ids[t.connection:]).strip() == "assistant"
+            assert names.get(ids[t.connection_index - 1]) == "<|im_start|>"
+            assert t.decode(ids[t.connection_index:]).strip() == "assistant"
         elif template == "mistral":
-            assert names.get(ids[t.connection + 1]) == "[/INST]" and t.connection == -2
+            assert names.get(ids[t.connection_index + 1]) == "[/INST]" and t.connection_index == -2
         else:
-            assert t.connection == -1
+            assert t.connection_index == -1
     end = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}.get(template, "</s>")
     assert t.end_of_turn == t.control[end] and t.answer("five")[-1] == t.end_of_turn and t.end_of_turn in t.stop
 

@@ -7,19 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
-from cctuning import load_cctuning
-from conftest import PAIRS, write_data
-from model import Config, Tokenizer
+from cctuning import gumbel_noise, load_cctuning
+from conftest import PAIRS, write_checkpoint, write_data
+from model import Config, Tokenizer, pad
 
 ROOT = Path(__file__).parent.parent
 
 
-def losses(folder):
+def steps_of(folder):
+    """(losses, gradient norms) of the logged steps."""
     lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [np.array([line[key] for line in lines if "loss" in line]) for key in ("loss", "grad_norm")]
 
 
 def weights(folder):
@@ -50,12 +51,63 @@ def test_accumulation_and_two_processes_equal_one_batch(checkpoint, tmp_path, ru
            *arguments(checkpoint(), data, tmp_path / "two", **options, micro_batch=2)]
     done = subprocess.run([str(a) for a in two], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    one = losses(tmp_path / "one")
-    assert len(one) == 6 and one[0] > one[-1]
+    losses, norms = steps_of(tmp_path / "one")
+    assert len(losses) == 6 and losses[0] > losses[-1]
     for other in ("accumulated", "two"):
-        assert np.abs(np.subtract(losses(tmp_path / other), one)).max() < 1e-5, other
+        other_losses, other_norms = steps_of(tmp_path / other)
+        assert np.abs(other_losses - losses).max() < 1e-5, other
+        assert np.abs(other_norms / norms - 1).max() < 1e-4, other
         assert worst_difference(weights(tmp_path / other), weights(tmp_path / "one")) < 1e-4, other
     assert (tmp_path / "one" / "cctuning.safetensors").exists() == (method == "cc")
+
+
+@pytest.mark.parametrize("english_grad", [False, True])
+def test_equals_a_plain_loop(checkpoint, tmp_path, run, english_grad):
+    """Catches what every way of running has in common: gradients kept from the last step, betas, weight decay, Gumbel noise left out or
+    repeated, --english_grad that changes nothing, a matrix fitted at another position, from English to own language, or without its ridge."""
+    folder, data = checkpoint("chatml"), write_data(tmp_path / "data.jsonl", PAIRS[:5])
+    code, _, err = run("train", *arguments(folder, data, tmp_path / "out", epochs=3, batch_size=3, micro_batch=2, english_grad=english_grad, ridge=0.1))
+    assert code == 0, err
+    log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
+    cc, tokenizer = load_cctuning(folder, torch.float32), Tokenizer(folder, Config.read(folder))
+    samples, _ = train.read_samples(data, tokenizer, 256)
+    optimizer = torch.optim.AdamW(cc.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
+    for step, numbers in enumerate(numbers for epoch in range(3) for numbers in train.plan(samples, 3, 0, epoch)):
+        batch = train.collate([samples[i] for i in numbers], tokenizer.connection_index)
+        loss = cc(batch, "english", gumbel_noise(0, step, numbers, 4), english_grad) / (batch.labels != -100).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(cc.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = log[step]["lr"]
+        optimizer.step()
+        assert abs(loss.item() - log[step]["loss"]) < 1e-4 and abs(norm.item() / log[step]["grad_norm"] - 1) < 1e-3, step
+    saved, foreign = load_cctuning(tmp_path / "out"), [s for s in samples if not s.is_english]  # four samples: none is held out
+    assert max((a - b).abs().max().item() for a, b in zip(cc.parameters(), saved.parameters())) < 1e-4
+    with torch.no_grad():
+        x, y = (cc.activations(ids, lengths + tokenizer.connection_index).flatten(0, 1).double()
+                for ids, lengths in (pad([s.ids[:s.prompt_length] for s in foreign]), pad([s.english_ids for s in foreign])))
+    expected = torch.linalg.solve(x.T @ x + 0.1 * x.square().sum() / 48 * torch.eye(48), x.T @ y)
+    assert (saved.matrices["shared"] - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_keeps_dtype_and_template(tmp_path, run):
+    """Catches weights saved in float32 whatever they came in, and a --template that is forgotten with the run."""
+    folder = write_checkpoint(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, folder / "model.safetensors")
+    data = write_data(tmp_path / "data.jsonl", repeat=2)
+    run("train", *arguments(folder, data, tmp_path / "out", epochs=1, template="llama2"))
+    found = weights(tmp_path / "out")
+    assert {t.dtype for name, t in found.items() if name in tensors} == {torch.bfloat16} and found["transform_matrix"].dtype == torch.float32
+    assert Tokenizer(tmp_path / "out", Config.read(tmp_path / "out")).template == "llama2"
+
+
+def test_fit_is_measured_on_other_prompts(checkpoint, tmp_path, run):
+    """Catches R^2 taken on the prompts of the fit (1.00 here, where few prompts are fitted exactly), and --matrix_prompts ignored."""
+    data = write_data(tmp_path / "data.jsonl", [(f"swali {i} {i * 7}", f"question {i * 3}", "jibu", "sw") for i in range(30)])
+    run("train", *arguments(checkpoint(), data, tmp_path / "out", epochs=1, matrix_prompts=5))
+    note = json.loads((tmp_path / "out" / "config.json").read_text())["cctuning"]["matrix"]
+    assert (note["prompts"], note["held_out"]) == (5, 6) and max(note["r_squared"]) < 0.9
 
 
 def test_same_seed_same_run(checkpoint, tmp_path, run):
@@ -76,7 +128,7 @@ def tokenizer(checkpoint):
 def test_targets(tokenizer, tmp_path):
     """Catches an end of turn that is not trained on, a prompt token that is, padding that is, and a connection position off by one."""
     samples, _ = train.read_samples(write_data(tmp_path / "data.jsonl"), tokenizer, 256)
-    batch = train.collate(samples, tokenizer.connection)
+    batch = train.collate(samples, tokenizer.connection_index)
     for i, (own, english, answer, _) in enumerate(PAIRS):
         prompt = tokenizer.prompt(own)
         targets = batch.labels[i][batch.labels[i] != -100].tolist()
@@ -159,7 +211,7 @@ def test_validation_loss(checkpoint, tmp_path, run):
     samples, _ = train.read_samples(data, tokenizer, 256)
     with torch.no_grad():
         for connection, loss in found.items():
-            batches = [train.collate([s], tokenizer.connection) for s in samples]
+            batches = [train.collate([s], tokenizer.connection_index) for s in samples]
             expected = sum(cc(b, connection) for b in batches) / sum((b.labels != -100).sum() for b in batches)
             assert abs(loss - expected) < 1e-4, connection
 
