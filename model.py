@@ -423,8 +423,8 @@ class LanguageModel(nn.Module):
 
     def logits(self, x):
         """Next-token logits (..., V) from the decoder's output (..., d)."""
-        head = self.lm_head or self.model.embed_tokens
-        return F.linear(self.model.norm(x), head.weight)
+        x = self.model.norm(x)
+        return F.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
 
 def pad(rows, value=0):

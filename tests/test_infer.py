@@ -9,7 +9,7 @@ import torch
 
 from cctuning import CCTuning, cctuning_tensors
 from conftest import PAIRS, write_checkpoint
-from infer import Engine, Prompt, pick
+from infer import Engine, Prompt, pack, pick
 from model import load_model
 from safetensors.torch import save_file
 
@@ -46,6 +46,18 @@ def test_batched_equals_alone(tuned, connection, options):
         assert all(a.layer is None for a in alone)
     else:
         assert [a.layer for a in together] == [a.layer for a in alone] and abs(sum(alone[0].probabilities) - 1) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "qwen2"}], ids=["llama", "tied", "qwen2"])
+def test_packed_equals_plain(checkpoint, changes, dtype):
+    """Catches a bias or a tied head lost in packing, and products that are rounded more than once."""
+    ids = torch.randint(0, 512, (3, 9), generator=torch.Generator().manual_seed(0))
+    plain, packed = (load_model(checkpoint(**changes), dtype) for _ in range(2))
+    pack(packed)
+    expected, found = (lm.logits(lm(ids)[0]).float() for lm in (plain, packed))
+    assert found.dtype == expected.dtype and (found - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.05) * expected.abs().max()
 
 
 def test_connections_differ(tuned, monkeypatch):
