@@ -99,8 +99,8 @@ class CCTuning(nn.Module):
         x, _ = self.lm(batch.ids, fused=fused)  # (B, T, d)
         targets = batch.labels[:, 1:]  # the token after each position
         wanted = targets != -100
-        logits = self.lm.logits(x[:, :-1][wanted])  # (answer tokens, V): the prompt's logits are never computed
-        return F.cross_entropy(logits.float(), targets[wanted], reduction="sum")
+        x = x[:, :-1][wanted]  # (answer tokens, d): the prompt's logits are never computed
+        return F.cross_entropy(self.lm.logits(x).float(), targets[wanted], reduction="sum")
 
     # Inference ---------------------------------------------------------------------------------------------------------------
 

@@ -43,13 +43,20 @@ def write_model(folder):
     LlamaForCausalLM(LlamaConfig(**SHAPE, max_position_embeddings=512, initializer_range=0.05)).save_pretrained(folder)
 
 
+def touched(model):
+    """Read every weight once: they may be mapped from the file and not in memory yet."""
+    for p in model.parameters():
+        p.sum()
+    return model
+
+
 def theirs(folder, dtype=torch.float32):
     from transformers import LlamaForCausalLM
-    return LlamaForCausalLM.from_pretrained(folder, torch_dtype=dtype, attn_implementation="sdpa")
+    return touched(LlamaForCausalLM.from_pretrained(folder, torch_dtype=dtype, attn_implementation="sdpa"))
 
 
 def ours(folder, dtype=torch.float32):
-    cc = CCTuning(load_model(folder, dtype))
+    cc = touched(CCTuning(load_model(folder, dtype)))
     cc.matrices["shared"] = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1)) / WIDTH ** 0.5
     return cc
 
@@ -85,16 +92,17 @@ def step_functions(folder, names):
 
 # --------------------------------------------------------------------------------------------------------------------------- measuring
 
-def interleaved(functions, repeats):
-    """{name: median seconds}, the functions taking turns after one warm-up each."""
+def interleaved(functions, repeats, in_a_row=1):
+    """{name: median seconds}, the functions taking turns after one warm-up each, short ones several times in a row."""
     times = {name: [] for name in functions}
     for i in range(repeats + 1):
         for name, function in functions.items():
             gc.collect()
             began = time.perf_counter()
-            function()
+            for _ in range(in_a_row):
+                function()
             if i:
-                times[name].append(time.perf_counter() - began)
+                times[name].append((time.perf_counter() - began) / in_a_row)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -175,7 +183,7 @@ def prefill(folder, repeats):
     return interleaved({
         "ours": lambda: one("none"), "ours connected": lambda: one("matrix"),
         "HF": torch.inference_mode()(lambda: hf(input_ids=ids, use_cache=True, num_logits_to_keep=1)),
-    }, repeats)
+    }, repeats, in_a_row=5)
 
 
 def matrix_fit(folder, repeats, pairs):
@@ -292,7 +300,7 @@ def main():
         for name, value in memory.items():
             row(f"memory a step adds, {name}: MiB", value)
         row("memory a step adds, ours cc / HF plain", memory["ours cc"] / memory["HF plain"], 0.70)
-        times = prefill(folder, 5 * repeats)
+        times = prefill(folder, 3 * repeats)
         for name, value in times.items():
             row(f"prefill of 128 tokens, {name}: milliseconds", 1000 * value)
         row("prefill, ours connected / ours", times["ours connected"] / times["ours"], 1.15)
