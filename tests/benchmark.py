@@ -92,25 +92,28 @@ def step_functions(folder, names):
 
 # --------------------------------------------------------------------------------------------------------------------------- measuring
 
-def interleaved(functions, repeats, in_a_row=1):
-    """{name: median seconds}, the functions taking turns after one warm-up each, short ones several times in a row."""
+def interleaved(functions, repeats, in_a_row=1, warm_up=1):
+    """{name: median seconds}, the functions taking turns after a warm-up, short ones several times in a row."""
     times = {name: [] for name in functions}
-    for i in range(repeats + 1):
+    for i in range(repeats + warm_up):
         for name, function in functions.items():
             gc.collect()
             began = time.perf_counter()
             for _ in range(in_a_row):
                 function()
-            if i:
+            if i >= warm_up:
                 times[name].append((time.perf_counter() - began) / in_a_row)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def product_rate(repeats):
-    """Matrix products of the reference work, in floating-point operations per second."""
-    x, w = torch.randn(ROWS * (PROMPT + ANSWER), WIDTH), torch.randn(1376, WIDTH)
-    seconds = interleaved({"product": lambda: [F.linear(x, w) for _ in range(20)]}, repeats)["product"]
-    return 20 * 2 * x.shape[0] * w.numel() / seconds
+def products():
+    """Fifty of the reference work's matrix products, to know what the machine gives while the steps run."""
+    x, w, out = torch.randn(ROWS * (PROMPT + ANSWER), WIDTH), torch.randn(1376, WIDTH), torch.empty(ROWS * (PROMPT + ANSWER), 1376)
+
+    def run():
+        for _ in range(50):
+            torch.mm(x, w.T, out=out)
+    return run, 50 * 2 * x.shape[0] * w.numel()
 
 
 def work_of_step(kind):
@@ -168,7 +171,7 @@ def generation(folder, dtype, repeats, peer_prompts):
             for row in ids[:peer_prompts]:
                 peer.greedy(row[None], last, cc.matrices["shared"], torch.zeros(1, LAYERS), NEW)
         functions["hooks, one by one"] = one_by_one
-    return interleaved(functions, repeats)
+    return interleaved(functions, repeats, warm_up=repeats > 1)
 
 
 def prefill(folder, repeats):
@@ -203,7 +206,7 @@ def matrix_fit(folder, repeats, pairs):
         for _ in groups:
             sums.add(cc.activations(own, last), cc.activations(english, last), ["shared"] * ROWS)
         sums.solve()
-    return interleaved({"fit": fit, "passes": passes}, repeats)
+    return interleaved({"fit": fit, "passes": passes}, repeats, warm_up=repeats > 1)
 
 
 def loading(folder):
@@ -285,10 +288,11 @@ def main():
         write_model(folder)
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU capability {torch.backends.cpu.get_cpu_capability()}\n\n"
               "| what | measured | bound | |\n|---|---|---|---|")
-        rate = product_rate(repeats)
-        row("matrix products, GFLOP/s", rate / 1e9)
         names = ["HF plain", "hooks cc", "hooks cc, English gradients", "ours sft", "ours cc", "ours cc, English gradients"]
-        step = interleaved(step_functions(folder, names), repeats)
+        product, work = products()
+        step = interleaved({"products": product, **step_functions(folder, names)}, repeats)
+        rate = work / step["products"]
+        row("matrix products, GFLOP/s", rate / 1e9)
         for name in names:
             row(f"step, {name}: seconds", step[name])
         for name in names[3:]:
