@@ -69,7 +69,7 @@ def test_templates(tmp_path):
             for file in (TOKENIZERS / case["tokenizer"]).iterdir():
                 (folder / file.name).symlink_to(file.resolve())
             (folder / "config.json").write_text("{}")
-            config = SimpleNamespace(vocab_size=10 ** 6, cctuning={})
+            config = SimpleNamespace(vocab_size=10 ** 6, cctuning={}, eos_token_ids=(), bos_token_id=None)
             tokenizer = Tokenizer(folder, config, "llama2" if case["template"] == "llama2" else None)
         assert tokenizer.template == case["template"] and tokenizer.prompt(case["text"]) == case["ids"], case
         assert (tokenizer.connection_index, tokenizer.end_of_turn) == (case["connection_index"], case["end_of_turn"])
