@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import PAPER_DECISION_MAKER, UserError, load_model, open_tensors
+from model import UserError, load_model, open_tensors
 
 FILE = "cctuning.safetensors"  # beside the weights: decision_maker.weight, transform_matrix, transform_matrix.LANG
 

@@ -23,7 +23,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
-import torch.nn.functional as F
 
 from cctuning import Batch, CCTuning, MatrixSums, gumbel_noise
 from infer import Engine, Prompt, pack

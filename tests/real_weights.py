@@ -20,7 +20,7 @@ from model import Config, Tokenizer, load_model, new_cache, read_records
 MODEL, DATA, TOKENIZERS = (os.environ.get(name) and Path(os.environ[name]) for name in ("MODEL", "DATA", "TOKENIZERS"))
 
 
-@pytest.mark.skipif(not (MODEL and DATA), reason="needs MODEL and DATA")
+@pytest.mark.skipif(not (MODEL and DATA), reason="real weights are too large to ship: set MODEL and DATA to run it")
 def test_answers_as_transformers(capsys):
     """Four prompts in each of five languages, 32 greedy tokens in float32: ours in one batch, theirs one by one."""
     import transformers
@@ -44,7 +44,7 @@ def test_answers_as_transformers(capsys):
     assert ours == theirs
 
 
-@pytest.mark.skipif(not (MODEL and (MODEL / "expected.json").exists()), reason="needs MODEL with an expected.json")
+@pytest.mark.skipif(not (MODEL and (MODEL / "expected.json").exists()), reason="set MODEL to a folder with an expected.json to run it")
 @torch.no_grad()
 def test_expected_continuations():
     """Greedy tokens from BOS and a prompt without template, and their text."""
@@ -59,7 +59,7 @@ def test_expected_continuations():
         assert ids == case["ids"] and tokenizer.decode(ids) == case["text"]
 
 
-@pytest.mark.skipif(not TOKENIZERS, reason="needs TOKENIZERS")
+@pytest.mark.skipif(not TOKENIZERS, reason="real tokenizers are too large to ship: set TOKENIZERS to run it")
 def test_templates(tmp_path):
     """Ids, connection position and end of turn of every expected prompt."""
     for case in json.loads((TOKENIZERS / "expected.json").read_text()):

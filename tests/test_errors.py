@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import PAIRS, write_checkpoint, write_data
+from conftest import write_checkpoint, write_data
 from test_eval import write_benchmark
 
 GOOD = {"instruction": "Nini?", "output": "Jibu", "instruction_en": "What?", "lang": "sw"}

@@ -1,6 +1,5 @@
 """Scoring: the benchmark layout, the choice that an answer names, what is written."""
 import json
-import types
 
 import pytest
 

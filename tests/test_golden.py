@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cctuning import Batch, CCTuning, MatrixSums
-from model import LanguageModel, load_model, new_cache
+from model import load_model, new_cache
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))
 FOLDERS = {path.parent: load_file(path) for path in sorted(GOLDEN.glob("*/expected.safetensors"))}

@@ -9,7 +9,7 @@ import torch
 
 from cctuning import CCTuning, cctuning_tensors
 from conftest import PAIRS, write_checkpoint
-from infer import Engine, Prompt, pack, pick
+from infer import Engine, pack, pick
 from model import load_model
 from safetensors.torch import save_file
 
