@@ -1,7 +1,9 @@
 """Score checkpoints on multilingual benchmarks, answered by infer.py's engine.
 
+    python eval.py                                                    # held-out questions of the embedded default
     python eval.py --model DIR [DIR ...] --data BENCHMARKS [--tasks XNLI,MMMLU] [--langs sw,hi] [--limit 50]
 
+XNLI, XStoryCloze and MMMLU are scored by the option that an answer names, other tasks by exact match with a gold answer.
 BENCHMARKS has the layout of the paper's repository: TASK/split or split_sample/LANG.json with the prompts and TASK/ans or
 ans_sample/LANG.json with the gold answers, a JSON value per line. The English version of a prompt is the same line of the task's en.json, or of
 split_en/LANG.json (split_sample_en/LANG.json) where the task has that folder.
@@ -11,22 +13,23 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 from tqdm import tqdm
 
-from infer import Engine, add_engine_options, write_lines
+from infer import DATA, DEFAULT_MODEL, Engine, add_engine_options, default_model, write_lines
 from model import Config, Tokenizer, UserError, at_least, check_folder, instruction, read_json_lines, run_script, weight_files
 
-OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # the answers to choose from
+OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # the answers to choose from; other tasks are answered freely
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, nargs="+", metavar="DIR", help="checkpoint folders; the table has a column for each")
-    add("--data", required=True, metavar="DIR", help="folder of benchmarks")
-    add("--tasks", metavar="TASK,...", help=f"of {', '.join(OPTIONS)} (default: those that --data has)")
+    add("--model", nargs="+", metavar="DIR", help=f"checkpoint folders; the table has a column for each {DEFAULT_MODEL}")
+    add("--data", default=str(DATA / "test"), metavar="DIR", help="folder of benchmarks (default: the embedded data/test)")
+    add("--tasks", metavar="TASK,...", help="folders of --data (default: all that have prompts)")
     add("--langs", metavar="CODE,...", help="languages (default: all that a task has)")
     add("--limit", type=at_least(1), metavar="N", help="only the first N items of each language")
     add("--out", default="out/eval", metavar="DIR", help="folder for results.json, results.md and the answers (default %(default)s)")
@@ -45,16 +48,15 @@ def task_folder(task, kind):
 def find_tasks(data, tasks, langs):
     """[(task, language)] to run, from comma-separated names or, where those are None, from what is there."""
     data = Path(data)
-    names = tasks.split(",") if tasks else [t for t in OPTIONS if (data / t).is_dir()]
-    if not names:
-        raise UserError(f"{data}: has none of the tasks {', '.join(OPTIONS)}; give the benchmarks folder as --data")
+    known = sorted(path.name for path in data.iterdir() if task_folder(path, "split")) if data.is_dir() else []
+    if not known:
+        raise UserError(f"{data}: has no folder TASK/split or TASK/split_sample; give the benchmarks folder as --data")
     found = []
-    for name in names:
-        if name not in OPTIONS:
-            raise UserError(f"--tasks: unknown task {name!r}; there are {', '.join(OPTIONS)}")
-        for kind in ("split", "ans"):
-            if task_folder(data / name, kind) is None:
-                raise UserError(f"{data / name}: has no folder {kind} or {kind}_sample; get the whole benchmark")
+    for name in tasks.split(",") if tasks else known:
+        if name not in known:
+            raise UserError(f"--tasks: unknown task {name!r}; {data} has {', '.join(known)}")
+        if task_folder(data / name, "ans") is None:
+            raise UserError(f"{data / name}: has no folder ans or ans_sample; get the whole benchmark")
         has = sorted(path.stem for path in task_folder(data / name, "split").glob("*.json"))
         for lang in langs.split(",") if langs else has:
             if lang not in has:
@@ -64,7 +66,7 @@ def find_tasks(data, tasks, langs):
 
 
 def read_task(data, name, lang, limit):
-    """[(prompt, its English version or None, gold answer, file:line)] of a task in a language."""
+    """[(prompt, its English version or None, gold answers, file:line)] of a task in a language."""
     task = Path(data) / name
     prompts = task_folder(task, "split")
     english = prompts.with_name(prompts.name + "_en") / f"{lang}.json"
@@ -77,11 +79,14 @@ def read_task(data, name, lang, limit):
             raise UserError(f"{file}: has {len(found)} items, {files[0]} has {len(lines[0])}; get the whole benchmark")
     items = []
     for i, (line, record) in enumerate(lines[0][:limit]):
-        gold = lines[2][i]
-        if gold[1] not in list(OPTIONS[name]):
-            raise UserError(f"{files[2]}:{gold[0]}: gold answer {gold[1]!r} is none of {', '.join(OPTIONS[name])}; restore the file")
+        gold_line, gold = lines[2][i]
+        gold = gold if isinstance(gold, list) else [gold]  # one answer, or all that are right
+        options = OPTIONS.get(name)
+        if not gold or not all(isinstance(g, str) and g.strip() and (not options or g in list(options)) for g in gold):
+            expected = "one of " + ", ".join(options) if options else "a text or a list of texts"
+            raise UserError(f"{files[2]}:{gold_line}: gold answer is {lines[2][i][1]!r}, expected {expected}; restore the file")
         version = lines[1] and instruction(lines[1][i][1], f"{files[1]}:{lines[1][i][0]}")
-        items.append((instruction(record, f"{files[0]}:{line}"), version, gold[1], f"{files[0]}:{line}"))
+        items.append((instruction(record, f"{files[0]}:{line}"), version, gold, f"{files[0]}:{line}"))
     return items
 
 
@@ -102,6 +107,11 @@ def choice(answer, options):
     apart = r"\d" if options[0].isdigit() else r"[^\W\d_]"
     found = re.search(f"(?<!{apart})[{options}](?!{apart})", answer)
     return found and found.group()
+
+
+def plain(text):
+    """A text for comparison: compatibility forms, case and spacing evened out."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 # ------------------------------------------------------------------------------------------------------------------------- main
@@ -126,8 +136,9 @@ def score(engine, args, task, lang, items, prompts, folder):
     rows = []
     for (own, _, gold, _), answer in zip(items, answers):
         text = engine.tokenizer.decode(answer.ids)
-        found = choice(text, OPTIONS[task])
-        rows.append({"instruction": own, "answer": text, "choice": found, "gold": gold, "correct": found == gold, "layer": answer.layer})
+        found = choice(text, OPTIONS[task]) if task in OPTIONS else plain(text)
+        correct = found in (gold if task in OPTIONS else map(plain, gold))
+        rows.append({"instruction": own, "answer": text, "choice": found, "gold": gold, "correct": correct, "layer": answer.layer})
     write_lines(folder / task / f"{lang}.jsonl", rows)
     correct = sum(row["correct"] for row in rows)
     return {"task": task, "lang": lang, "connection": engine.connection, "items": len(rows), "correct": correct,
@@ -153,6 +164,7 @@ def main():
     args = parse_args()
     out = Path(args.out)
     check_folder(out)
+    args.model = args.model or [default_model()]
     if len(set(args.model)) < len(args.model):
         raise UserError("--model: a folder is named twice; name each once")
     todo = [(task, lang, read_task(args.data, task, lang, args.limit)) for task, lang in find_tasks(args.data, args.tasks, args.langs)]

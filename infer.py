@@ -1,5 +1,6 @@
 """Answer prompts with a CC-tuned checkpoint (or a plain one), connected through its Transform Matrix.
 
+    python infer.py --lang sw                                                        # held-out questions of the embedded default
     python infer.py --model DIR --lang sw --prompt "Nini mji mkuu wa Kenya?"
     python infer.py --model DIR --lang sw --input FILE.jsonl --output FILE.jsonl     # {"instruction": ...} a line, "answer" is added
     cat questions.txt | python infer.py --model DIR --lang sw --prompt -             # a prompt a line, an answer a line
@@ -17,15 +18,17 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from cctuning import load_cctuning
-from model import TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, instruction, new_cache, pad, read_records, run_script, text_field
+from model import (TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, holds_model, instruction, new_cache, pad, read_json_lines,
+                   read_records, run_script, text_field)
 
+DATA = Path(__file__).resolve().parent / "data"
 LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # of the paper's evaluation
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="checkpoint folder, as train.py leaves it; a plain one answers unconnected")
+    add("--model", metavar="DIR", help=f"checkpoint folder, as train.py leaves it; a plain one answers unconnected {DEFAULT_MODEL}")
     add("--lang", metavar="CODE", help="language of the prompts where their lines have no \"lang\"; --matrix per_language goes by it")
     add("--prompt", metavar="TEXT", help="a prompt, or - for a prompt per line of standard input")
     add("--prompt_en", metavar="TEXT", help="its English version, for --connection english")
@@ -37,6 +40,16 @@ def parse_args(argv=None):
     add("--top_p", type=at_least(0, float), default=1.0, help="sample among the likeliest tokens of this probability together (default %(default)s)")
     add("--seed", type=at_least(0), default=0, help="of sampling; a prompt's answer does not depend on the others (default %(default)s)")
     return parser.parse_args(argv)
+
+
+DEFAULT_MODEL = "(default: out, where you have trained one, else the embedded data/tuned)"
+
+
+def default_model():
+    """The folder to answer from where none is given."""
+    folder = "out" if holds_model("out") else str(DATA / "tuned")
+    print(f"model: {folder}", file=sys.stderr)
+    return folder
 
 
 def add_engine_options(parser):
@@ -55,20 +68,23 @@ def add_engine_options(parser):
 def pack(lm):
     """Lay a model's weights out as oneDNN's matrix products read them, for answering on a CPU: it can no longer be trained or saved.
 
-    A decoding step multiplies a few rows with every weight once; from weights as they lie, MKL reaches a third of the memory's speed in that.
-    A CPU without bfloat16 instructions gets its bfloat16 weights widened to float32, which is exact, and rounds each product back.
-    (torch.compile's freezing uses the same operators; they have no public name.)
+    A decoding step multiplies a few rows with every weight once; from weights as they lie, MKL reaches a third of the memory's speed in that
+    (but all of it with a single float32 row). Weights in float16, or in bfloat16 where the CPU has no instructions for it, are widened to
+    float32, which is exact, and each product is rounded back. (torch.compile's freezing uses the same operators; they have no public name.)
     """
+    lm.requires_grad_(False)
     if lm.lm_head is None:  # tied: the embedding stays as it is for looking tokens up
         lm.lm_head = nn.Linear(lm.config.hidden_size, lm.config.vocab_size, bias=False, device="meta")
         lm.lm_head.weight = lm.model.embed_tokens.weight
     for linear in [module for module in lm.modules() if isinstance(module, nn.Linear)]:
-        dtype, weight, bias = linear.weight.dtype, linear.weight.detach(), linear.bias
-        if dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            weight, bias = weight.float(), None if bias is None else bias.detach().float()
+        dtype, weight, bias = linear.weight.dtype, linear.weight, linear.bias
+        if dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported():
+            weight, bias = weight.float(), None if bias is None else bias.float()
         weight, linear.weight = torch.ops.mkldnn._reorder_linear_weight(weight), None
         linear.forward = lambda x, w=weight, b=bias, dtype=dtype, wide=weight.dtype: (
             torch.ops.mkldnn._linear_pointwise(x.to(wide), w, b, "none", [], "").to(dtype))
+    for p in lm.parameters():  # those left still lie in the mapped file and would keep all of it resident
+        p.data = p.data.clone()
 
 
 @dataclass
@@ -92,12 +108,14 @@ class Answer:
 class Engine:
     """A loaded checkpoint and how it is to be connected."""
 
-    def __init__(self, folder, args):
+    def __init__(self, folder, args, single=False):
+        """single: it will answer one prompt at a time."""
         config = Config.read(folder)
         self.tokenizer = Tokenizer(folder, config, args.template)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.cc = load_cctuning(folder, args.dtype and getattr(torch, args.dtype), device)
-        if device == "cpu" and torch.backends.mkldnn.is_available():
+        float32 = self.cc.lm.model.embed_tokens.weight.dtype == torch.float32
+        if device == "cpu" and torch.backends.mkldnn.is_available() and not (single and float32):
             pack(self.cc.lm)
         self.config, self.folder, self.matrix, self.connection = config, folder, args.matrix, args.connection
         self.notices = [self.tokenizer.notice] if self.tokenizer.notice else []  # what the user should know, but is no error
@@ -208,7 +226,9 @@ def write_lines(path, records):
 
 
 def read_prompts(args):
-    """[(record, file:line)] to answer, from --prompt, standard input or --input."""
+    """[(record, file:line)] to answer, from --prompt, standard input, --input or, where there is neither, the embedded questions."""
+    if args.prompt is None and args.input is None:
+        return embedded_questions(args.lang or "sw")
     if args.input:
         return [(record, f"{args.input}:{line}") for line, record in read_records(args.input)]
     if args.prompt != "-":
@@ -222,10 +242,22 @@ def read_prompts(args):
     return [({"instruction": line}, f"standard input:{i}") for i, line in enumerate(text.removesuffix("\n").split("\n"), 1)]
 
 
+def embedded_questions(lang):
+    """[(record, file:line)] of a few held-out questions of data/ in a language, with the right answers."""
+    folder = DATA / "test" / "facts"
+    if not (folder / "split" / f"{lang}.json").exists():
+        has = " ".join(sorted(path.stem for path in (folder / "split").glob("*.json")))
+        raise UserError(f"--lang: the embedded questions are in {has}; give one of these, or --prompt TEXT")
+    own, english, gold = (read_json_lines(folder / name) for name in (f"split/{lang}.json", "split/en.json", f"ans/{lang}.json"))
+    return [({**own[i][1], "instruction_en": english[i][1]["instruction"], "right": gold[i][1]}, f"{folder}/split/{lang}.json:{own[i][0]}")
+            for i in range(0, len(own), 15)]
+
+
 def main():
     args = parse_args()
-    if (args.prompt is None) == (args.input is None):
-        raise UserError("infer.py: give either --prompt TEXT (or --prompt - for standard input) or --input FILE.jsonl")
+    if args.prompt is not None and args.input is not None:
+        raise UserError("infer.py: give either --prompt TEXT (or --prompt - for standard input) or --input FILE.jsonl, not both")
+    args.model = args.model or default_model()
     if args.prompt_en is not None and args.prompt in (None, "-"):
         raise UserError("--prompt_en: goes with --prompt TEXT; lines of --input have their own instruction_en")
     if args.output and not args.input:
@@ -240,7 +272,7 @@ def main():
     known = {*LANGUAGES, *Config.read(args.model).languages, *(lang for _, _, lang, _ in texts if lang)}
     if args.lang and args.lang not in known:
         raise UserError(f"--lang: unknown language {args.lang!r}; known are {' '.join(sorted(known))}")
-    engine = Engine(args.model, args)
+    engine = Engine(args.model, args, single=min(len(texts), args.batch_size) == 1)
     prompts = [engine.prompt(own, english, lang or args.lang, number, where) for number, (own, english, lang, where) in enumerate(texts)]
     for notice in engine.notices:
         print(notice, file=sys.stderr)
@@ -272,8 +304,11 @@ def main():
             for d in done:
                 print(json.dumps(d, ensure_ascii=False))
     else:
-        for text, answer in zip(texts, answers):
-            print(text.replace("\n", "\\n") + (f"  {engine.explain(answer)}" if args.explain else ""))
+        for (record, _), text, answer in zip(records, texts, answers):
+            text = text.replace("\n", "\\n")
+            if "right" in record:
+                text = f"{record['instruction']}  {text}  [right: {record['right']}]"
+            print(text + (f"  {engine.explain(answer)}" if args.explain else ""))
 
 
 if __name__ == "__main__":

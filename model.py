@@ -241,7 +241,8 @@ class Config:
 def rotary_table(config, length, device=None):
     """Cosines and sines of the rotary embedding, (2, length, D) float32, for positions 0 .. length - 1 (RoFormer, arXiv 2104.09864).
 
-    Dimension i is paired with i + D/2 (the split-half layout of Hugging Face checkpoints), so each frequency stands twice.
+    Dimension i is paired with i + D/2 (the split-half layout of Hugging Face checkpoints), so each frequency stands twice; the sines of the
+    first half are negative, as the rotation of a pair (a, b) has it: (a cos - b sin, b cos + a sin).
     """
     dims = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     frequency = 1.0 / config.rope_theta ** (dims / config.head_dim)  # (D/2,) radians per token
@@ -255,15 +256,14 @@ def rotary_table(config, length, device=None):
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)  # (length, D/2)
-    angle = torch.cat((angle, angle), dim=-1)  # (length, D)
-    return torch.stack((angle.cos(), angle.sin()))
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))  # (2, length, D)
 
 
 def rotate(x, rotary):
-    """Turn each pair of dimensions of x (B, heads, T, D) by its position's angle; rotary is (cos, sin), each broadcastable to x."""
-    cos, sin = (table.to(x.dtype) for table in rotary)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Turn each pair of dimensions of x (B, heads, T, D) by its position's angle; rotary is from rotary_table, broadcastable to x."""
+    cos, sin = rotary.to(x.dtype)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # the roll puts each dimension's partner in its place
 
 
 def new_cache(config, rows, length, dtype, device):
@@ -322,8 +322,22 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, d)
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up (arXiv 2002.05202). Written out, it keeps two tensors for the backward pass; left to autograd, it would keep three."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
 class MLP(nn.Module):
-    """Gated feed-forward network (SwiGLU, arXiv 2002.05202) that takes a second input."""
+    """Gated feed-forward network that takes a second input."""
 
     def __init__(self, config):
         super().__init__()
@@ -333,7 +347,7 @@ class MLP(nn.Module):
 
     def forward(self, x, fused=None):
         """(B, T, d) -> (B, T, d). fused: a vector (B, d) and the index (B,) of the token to whose output it is added (paper, section 3)."""
-        y = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y = self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
         if fused is not None:
             vector, index = fused
             rows = torch.arange(len(y), device=y.device)

@@ -1,5 +1,6 @@
 """Fine-tune a checkpoint with CC-Tuning (or plainly), then fit the Transform Matrix.
 
+    python train.py                                                              # the embedded default in data/: minutes on a laptop
     python train.py --model DIR --data FILE --out DIR
     torchrun --nproc_per_node 8 train.py --model DIR --data FILE --out DIR       # the same losses, the model sharded over 8 processes
     python train.py --model DIR --data FILE --out DIR --method sft               # plain fine-tuning, the baseline
@@ -24,18 +25,23 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from cctuning import Batch, MatrixSums, cctuning_tensors, gumbel_noise, load_cctuning, r_squared
-from model import TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, holds_model, instruction, pad, read_records, run_script, save_checkpoint, text_field
+from model import (TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, holds_model, instruction, pad, read_records, run_script,
+                   save_checkpoint, text_field)
 
 BETAS, WEIGHT_DECAY, MAX_NORM, WARMUP = (0.9, 0.999), 0.0, 1.0, 0.1
 WINDOW = 128     # samples that are sorted by length together when a step has fewer
 HELD_OUT = 100   # prompts kept out of the matrix fit to measure it
+DATA = Path(__file__).resolve().parent / "data"
+EMBEDDED = dict(model=str(DATA / "base"), data=str(DATA / "train.jsonl"), eval_data=str(DATA / "dev.jsonl"),
+                epochs=6, batch_size=32, micro_batch=32, lr=5e-4)  # where neither --model nor --data is given
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="checkpoint folder to start from")
-    add("--data", required=True, metavar="FILE", help="training samples")
+    add("--model", metavar="DIR", help="checkpoint folder to start from (default: the embedded data/base)")
+    add("--data", metavar="FILE", help="training samples (default: the embedded data/train.jsonl, with --eval_data data/dev.jsonl "
+        f"--epochs {EMBEDDED['epochs']} --batch_size {EMBEDDED['batch_size']} --micro_batch {EMBEDDED['micro_batch']} --lr {EMBEDDED['lr']})")
     add("--eval_data", metavar="FILE", help="samples for a validation loss, after each epoch")
     add("--out", default="out", metavar="DIR", help="folder for the result (default %(default)s)")
     add("--overwrite", action="store_true", help="replace a model in --out, once the new one is there")
@@ -55,7 +61,13 @@ def parse_args(argv=None):
     add("--per_language", action="store_true", help="also fit one matrix per language ('lang' of the samples)")
     add("--log_every", type=at_least(1), default=10, metavar="N", help="steps between printed lines; train_log.jsonl has them all "
         "(default %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.model is None and args.data is None:
+        parser.set_defaults(**EMBEDDED)
+        return parser.parse_args(argv)
+    if args.model is None or args.data is None:
+        raise UserError("train.py: give both --model and --data, or neither for the embedded default")
+    return args
 
 
 # -------------------------------------------------------------------------------------------------------------------------- data
@@ -238,7 +250,9 @@ def main():
     # Everything the user gave is checked before any work is done.
     out = Path(args.out)
     check_folder(out)
-    if holds_model(out) and not args.overwrite:
+    embedded = args.model == EMBEDDED["model"]
+    replaceable = args.overwrite or embedded and holds_model(out) and Config.read(out).cctuning.get("arguments", {}).get("model") == args.model
+    if holds_model(out) and not replaceable:
         raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
     config = Config.read(args.model)
     max_length = args.max_length or min(1024, config.max_length)
@@ -343,7 +357,7 @@ def main():
     else:
         for _ in tensors:
             pass
-    say(f"saved to {out}\nnext: python infer.py --model {out} --prompt ...")
+    say(f"saved to {out}\nnext: python infer.py" + ("" if args.out == "out" else f" --model {out}") + (" --lang sw" if embedded else " --prompt ..."))
     if workers.world > 1:
         dist.barrier()
         dist.destroy_process_group()

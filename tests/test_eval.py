@@ -28,7 +28,7 @@ def test_choice(answer, options, expected):
 def test_layout(tmp_path):
     """Catches prompts paired with another line's gold answer or another line's English version."""
     items = read_task(write_benchmark(tmp_path), "XNLI", "sw", 4)
-    assert [i[:3] for i in items] == [(f"sw question {n}?", f"en question {n}?", str(n % 3 + 1)) for n in range(4)]
+    assert [i[:3] for i in items] == [(f"sw question {n}?", f"en question {n}?", [str(n % 3 + 1)]) for n in range(4)]
     own_english = tmp_path / "XNLI" / "split_sample_en"
     own_english.mkdir()
     (own_english / "sw.json").write_text("\n".join(json.dumps({"instruction": f"translated {n}"}) for n in range(5)))
@@ -55,7 +55,7 @@ def test_command(checkpoint, tmp_path, run):
         for row in results:
             if folder.name.endswith("other") == row["model"].endswith("other"):
                 answers = [json.loads(line) for line in (folder / "XNLI" / f"{row['lang']}.jsonl").read_text().splitlines()]
-                assert len(answers) == 5 and row["accuracy"] == sum(choice(a["answer"], "123") == a["gold"] for a in answers) / 5
+                assert len(answers) == 5 and row["accuracy"] == sum(choice(a["answer"], "123") in a["gold"] for a in answers) / 5
                 assert row["unparsed"] == sum(choice(a["answer"], "123") is None for a in answers)
 
 

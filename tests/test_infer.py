@@ -49,7 +49,7 @@ def test_batched_equals_alone(tuned, connection, options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "qwen2"}], ids=["llama", "tied", "qwen2"])
 def test_packed_equals_plain(checkpoint, changes, dtype):
     """Catches a bias or a tied head lost in packing, and products that are rounded more than once."""

@@ -66,7 +66,7 @@ def test_equals_a_plain_loop(checkpoint, tmp_path, run, english_grad):
     """Catches what every way of running has in common: gradients kept from the last step, betas, weight decay, Gumbel noise left out or
     repeated, --english_grad that changes nothing, a matrix fitted at another position, from English to own language, or without its ridge."""
     folder, data = checkpoint("chatml"), write_data(tmp_path / "data.jsonl", PAIRS[:5])
-    code, _, err = run("train", *arguments(folder, data, tmp_path / "out", epochs=3, batch_size=3, micro_batch=2, english_grad=english_grad, ridge=0.1))
+    code, _, err = run("train", *arguments(folder, data, tmp_path / "out", epochs=3, batch_size=3, english_grad=english_grad, ridge=0.1))
     assert code == 0, err
     log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
     cc, tokenizer = load_cctuning(folder, torch.float32), Tokenizer(folder, Config.read(folder))
@@ -82,7 +82,7 @@ def test_equals_a_plain_loop(checkpoint, tmp_path, run, english_grad):
         optimizer.step()
         assert abs(loss.item() - log[step]["loss"]) < 1e-4 and abs(norm.item() / log[step]["grad_norm"] - 1) < 1e-3, step
     saved, foreign = load_cctuning(tmp_path / "out"), [s for s in samples if not s.is_english]  # four samples: none is held out
-    assert max((a - b).abs().max().item() for a, b in zip(cc.parameters(), saved.parameters())) < 1e-4
+    assert max((a - b).abs().max().item() for a, b in zip(cc.parameters(), saved.parameters())) < 1e-5
     with torch.no_grad():
         x, y = (cc.activations(ids, lengths + tokenizer.connection_index).flatten(0, 1).double()
                 for ids, lengths in (pad([s.ids[:s.prompt_length] for s in foreign]), pad([s.english_ids for s in foreign])))

@@ -1,0 +1,94 @@
+"""Plain fine-tuning against CC-Tuning on the embedded default: exact match on facts that were held out, over several seeds.
+
+    python tests/miniature.py                          # five seeds of both, on the test facts: what README.md shows
+    python tests/miniature.py --part dev --seeds 2 --cc "--english_grad" --out out/other   # to choose settings by
+
+--sft and --cc add options of train.py to the default run of each method. Runs that are complete in --out are not repeated. Prints a table in Markdown
+and, where matplotlib is installed, draws --figure: accuracy per language.
+"""
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ANSWERED = {"sft": ("none",), "cc": ("matrix", "english", "none")}  # how the result of each method is connected
+NAMES = {("sft", "none"): "SFT", ("cc", "matrix"): "CC-Tuning, Transform Matrix", ("cc", "english"): "CC-Tuning, real English prompt (the bound)",
+         ("cc", "none"): "CC-Tuning, no connection"}
+
+
+def run(script, *options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, options)], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{script} {' '.join(map(str, options))}\n{done.stderr}")
+
+
+def one_run(method, seed, args):
+    """Train and answer once; {connection: {language: accuracy}}."""
+    folder = args.out / f"{method}-{seed}"
+    if not (folder / "model.safetensors.index.json").exists():
+        run("train.py", "--method", method, "--seed", seed, "--out", folder, "--overwrite", *shlex.split(getattr(args, method)))
+    found = {}
+    for connection in ANSWERED[method]:
+        scores = folder / args.part / connection
+        if not (scores / "results.json").exists():
+            run("eval.py", "--model", folder, "--data", ROOT / "data" / args.part, "--connection", connection, "--batch_size", 64, "--out", scores,
+                *shlex.split(args.answer))
+        found[connection] = {r["lang"]: 100 * r["accuracy"] for r in json.loads((scores / "results.json").read_text())["results"]}
+    return found
+
+
+def draw(path, scores):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    langs = list(next(iter(scores.values()))[0])
+    figure, axes = plt.subplots(figsize=(9, 3.2), constrained_layout=True)
+    width = 0.8 / len(scores)
+    for i, (key, runs) in enumerate(scores.items()):
+        values = [[found[lang] for found in runs] for lang in langs]
+        axes.bar([x + width * i for x in range(len(langs))], [statistics.mean(v) for v in values], width, label=NAMES[key],
+                 yerr=[statistics.stdev(v) for v in values] if len(runs) > 1 else None, error_kw={"linewidth": 0.8})
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(langs))], langs)
+    axes.set_ylabel("exact match, %")
+    axes.legend(fontsize=7, frameon=False, ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--seeds", type=int, default=5, help="seeds 0 to N-1 (default %(default)s)")
+    add("--part", choices=("dev", "test"), default="test", help="facts to answer (default %(default)s)")
+    add("--methods", default="sft,cc", help="(default %(default)s)")
+    add("--sft", default="", metavar="OPTIONS", help="of train.py, for the plain runs")
+    add("--cc", default="", metavar="OPTIONS", help="of train.py, for the CC-Tuning runs")
+    add("--answer", default="", metavar="OPTIONS", help="of eval.py")
+    add("--jobs", type=int, default=2, help="runs at a time, of one thread each (default %(default)s)")
+    add("--out", type=Path, default=ROOT / "out" / "miniature", metavar="DIR", help="(default out/miniature)")
+    add("--figure", type=Path, metavar="FILE", help="a PNG to draw")
+    args = parser.parse_args()
+    jobs = [(method, seed) for seed in range(args.seeds) for method in args.methods.split(",")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = dict(zip(jobs, pool.map(lambda job: one_run(*job, args), jobs)))
+    scores = {(method, connection): [results[method, seed][connection] for seed in range(args.seeds)]
+              for method, connection in NAMES if method in args.methods.split(",")}
+    print(f"| {args.part} facts, exact match in % | mean of ten languages | spread (s.d.) | each seed | English |\n|---|---|---|---|---|")
+    for key, runs in scores.items():
+        ten = [statistics.mean(value for lang, value in found.items() if lang != "en") for found in runs]
+        spread = f"{statistics.stdev(ten):.1f}" if len(ten) > 1 else ""
+        print(f"| {NAMES[key]} | {statistics.mean(ten):.1f} | {spread} | {', '.join(f'{value:.1f}' for value in ten)} "
+              f"| {statistics.mean(found['en'] for found in runs):.1f} |")
+    if args.figure:
+        draw(args.figure, scores)
+
+
+if __name__ == "__main__":
+    main()
