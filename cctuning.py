@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError, load_model, open_tensors
+from model import UserError, empty_model, fill, open_tensors
 
 FILE = "cctuning.safetensors"  # beside the weights: decision_maker.weight, transform_matrix, transform_matrix.LANG
 
@@ -188,9 +188,17 @@ def r_squared(matrix, own, english):
 
 # ------------------------------------------------------------------------------------------------------------ loading and saving
 
-def load_cctuning(folder, dtype=None, device="cpu", seed=0):
-    """The model of a checkpoint folder with what CC-Tuning added to it. A plain checkpoint's Decision Maker starts at random."""
-    cc = CCTuning(load_model(folder, dtype, device), seed)
+def load_cctuning(folder, dtype=None, device="cpu", seed=0, shard=None):
+    """The model of a checkpoint folder with what CC-Tuning added to it. A plain checkpoint's Decision Maker starts at random.
+
+    shard(cc): spreads the model, before it has weights, over processes; returns `local` of model.fill.
+    """
+    cc = CCTuning(empty_model(folder), seed)
+    decision_maker = cc.decision_maker.weight.detach().clone()
+    local = shard(cc) if shard else None
+    if shard:
+        cc.to_empty(device=device)
+    fill(cc.lm, folder, dtype, device, local)
     path = Path(folder) / FILE
     if path.exists():
         with open_tensors(path) as file:
@@ -209,10 +217,14 @@ def load_cctuning(folder, dtype=None, device="cpu", seed=0):
         if tuple(tensor.shape) != shape:
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {shape}; it was made for another model")
         if weight:
-            cc.decision_maker.weight.data, cc.trained = tensor.float(), True
+            decision_maker, cc.trained = tensor.float(), True
         else:
             cc.matrices[name.removeprefix("transform_matrix").removeprefix(".") or "shared"] = tensor.float().to(device)
-    cc.decision_maker.to(device)
+    if local is None:
+        cc.decision_maker.weight = nn.Parameter(decision_maker.to(device))
+    else:
+        part, rows = local(cc.decision_maker.weight)
+        part.copy_(decision_maker[rows])
     return cc
 
 

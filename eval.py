@@ -2,6 +2,7 @@
 
     python eval.py                                                    # held-out questions of the embedded default
     python eval.py --model DIR [DIR ...] --data BENCHMARKS [--tasks XNLI,MMMLU] [--langs sw,hi] [--limit 50]
+    torchrun --nproc_per_node 8 eval.py ...                           # the same answers, the prompts spread over 8 processes
 
 XNLI, XStoryCloze and MMMLU are scored by the option that an answer names, other tasks by exact match with a gold answer.
 BENCHMARKS has the layout of the paper's repository: TASK/split or split_sample/LANG.json with the prompts and TASK/ans or
@@ -16,6 +17,8 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from infer import DATA, DEFAULT_MODEL, Engine, add_engine_options, default_model, write_lines
@@ -129,19 +132,28 @@ def encode(engine, args, lang, items):
     return prompts, shortened
 
 
-def score(engine, args, task, lang, items, prompts, folder):
-    """Answer a task in one language, write the answers, return a row of results.json."""
-    with tqdm(total=len(prompts), desc=f"{task} {lang}", leave=False, disable=None) as progress:
-        answers = engine.answer_all(prompts, args.batch_size, args.max_new_tokens, progress=progress)
+def answer(engine, args, prompts, rank, world, what):
+    """The Answers to a task's prompts, every process giving those to its share; the same list on all."""
+    mine = prompts[rank::world]
+    with tqdm(total=len(mine), desc=what, leave=False, disable=rank > 0 or None) as progress:
+        answers = engine.answer_all(mine, args.batch_size, args.max_new_tokens, progress=progress)
+    shares = [answers]
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, answers)
+    return [shares[i % world][i // world] for i in range(len(prompts))]
+
+
+def score(engine, task, lang, items, answers):
+    """The scored answers to a task in one language, and its row of results.json."""
     rows = []
     for (own, _, gold, _), answer in zip(items, answers):
         text = engine.tokenizer.decode(answer.ids)
         found = choice(text, OPTIONS[task]) if task in OPTIONS else plain(text)
         correct = found in (gold if task in OPTIONS else map(plain, gold))
         rows.append({"instruction": own, "answer": text, "choice": found, "gold": gold, "correct": correct, "layer": answer.layer})
-    write_lines(folder / task / f"{lang}.jsonl", rows)
     correct = sum(row["correct"] for row in rows)
-    return {"task": task, "lang": lang, "connection": engine.connection, "items": len(rows), "correct": correct,
+    return rows, {"task": task, "lang": lang, "connection": engine.connection, "items": len(rows), "correct": correct,
             "accuracy": correct / len(rows), "unparsed": sum(row["choice"] is None for row in rows)}
 
 
@@ -162,6 +174,8 @@ def table(results, models):
 
 def main():
     args = parse_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    say = print if rank == 0 else lambda *_, **__: None
     out = Path(args.out)
     check_folder(out)
     args.model = args.model or [default_model()]
@@ -171,20 +185,32 @@ def main():
     for model in args.model:  # what can be told without loading the weights, before any work is done
         Tokenizer(model, Config.read(model), args.template)
         weight_files(model)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("gloo")  # for answers alone: each process has the whole model
     results = []
     for model in args.model:
         engine = Engine(model, args)
         encoded = [encode(engine, args, lang, items) for _, lang, items in todo]
         for notice in engine.notices:
-            print(notice, file=sys.stderr)
+            say(notice, file=sys.stderr)
         folder = out / "answers" / re.sub(r"[^\w.-]+", "_", model.strip("/"))
         for (task, lang, items), (prompts, shortened) in zip(todo, encoded):
-            results.append({"model": model, **score(engine, args, task, lang, items, prompts, folder), "shortened": shortened})
+            rows, result = score(engine, task, lang, items, answer(engine, args, prompts, rank, world, f"{task} {lang}"))
+            results.append({"model": model, **result, "shortened": shortened})
+            if rank == 0:
+                write_lines(folder / task / f"{lang}.jsonl", rows)
         for what, meaning in (("unparsed", "answers named no option and count as wrong"), ("shortened", "prompts were shortened to fit")):
             count = sum(r[what] for r in results if r["model"] == model)
             if count:
-                print(f"{model}: {count} {meaning}")
+                say(f"{model}: {count} {meaning}")
         del engine  # before the next model is loaded
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     out.mkdir(parents=True, exist_ok=True)
     markdown = table(results, args.model)
     for file, text in (("results.json", json.dumps({"arguments": vars(args), "results": results}, indent=1)), ("results.md", markdown + "\n")):
@@ -194,4 +220,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, speak=int(os.environ.get("RANK", 0)) == 0)

@@ -48,7 +48,8 @@ DEFAULT_MODEL = "(default: out, where you have trained one, else the embedded da
 def default_model():
     """The folder to answer from where none is given."""
     folder = "out" if holds_model("out") else str(DATA / "tuned")
-    print(f"model: {folder}", file=sys.stderr)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"model: {folder}", file=sys.stderr)
     return folder
 
 

@@ -486,16 +486,21 @@ def weight_files(folder):
     return files
 
 
-def load_model(folder, dtype=None, device="cpu"):
-    """The checkpoint's decoder, in the dtype it is stored in or the one given; its `stored` attribute has each tensor's dtype as stored.
-
-    Made on the meta device and filled tensor by tensor, so that the weights are never held twice. `extra` has the Decision Maker's weight
-    where a checkpoint of the paper's own code carries it. Raises UserError for whatever is missing, left over or of the wrong shape.
-    """
-    folder, config = Path(folder), Config.read(folder)
+def empty_model(folder):
+    """The decoder that a checkpoint's config.json describes, on the meta device: shapes without memory."""
     with torch.device("meta"):
-        model = LanguageModel(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return LanguageModel(Config.read(folder))
+
+
+def fill(model, folder, dtype=None, device="cpu", local=None):
+    """Give an empty_model the checkpoint's weights, in the dtype they are stored in or the one given, tensor by tensor: they are never held twice.
+
+    local(parameter): for a model that is spread over processes, the tensor of this one's part and the rows of the whole that are in it; only
+        these are read.
+    Sets `stored` to each tensor's dtype as stored; `extra` to the Decision Maker's weight where a checkpoint of the paper's own code carries it.
+    Raises UserError for whatever is missing, left over or of the wrong shape.
+    """
+    folder, parameters = Path(folder), dict(model.named_parameters())
     tensors, model.stored, model.extra = {}, {}, {}
     for path, names in weight_files(folder).items():
         with open_tensors(path) as file:
@@ -503,7 +508,7 @@ def load_model(folder, dtype=None, device="cpu"):
             for name in names:
                 if name not in held:
                     raise UserError(f"{path}: has no tensor {name}, which {INDEX} says it holds; copy the whole checkpoint folder again")
-                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
                     continue
                 stored = file.get_slice(name)
                 shape, kind = tuple(stored.get_shape()), stored.get_dtype()
@@ -512,17 +517,30 @@ def load_model(folder, dtype=None, device="cpu"):
                 if name == PAPER_DECISION_MAKER:
                     model.extra[name] = file.get_tensor(name)
                     continue
-                if name not in shapes:
+                if name not in parameters:
                     raise UserError(f"{path}: unexpected tensor {name}; config.json describes another model")
-                if shape != shapes[name]:
-                    raise UserError(f"{path}: {name} has shape {shape}, config.json says {shapes[name]}; one of the two is another model's")
+                if shape != tuple(parameters[name].shape):
+                    raise UserError(f"{path}: {name} has shape {shape}, config.json says {tuple(parameters[name].shape)}; one of the two is another model's")
                 model.stored[name] = FLOATS[kind]
-                tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
-    missing = sorted(shapes.keys() - tensors.keys())
+                if local is None:
+                    tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
+                else:
+                    part, rows = local(parameters[name])
+                    part.copy_(stored[rows] if len(part) else part)
+    missing = sorted(parameters.keys() - model.stored.keys())
     if missing:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} the first; copy the whole checkpoint folder again")
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model if dtype else model.to(model.model.embed_tokens.weight.dtype)  # one dtype throughout, also where norms are stored in another
+    if local is None:
+        model.load_state_dict(tensors, strict=True, assign=True)
+    if dtype is None:  # one dtype throughout, also where norms are stored in another
+        model.to(model.model.embed_tokens.weight.dtype)
+
+
+def load_model(folder, dtype=None, device="cpu"):
+    """The checkpoint's decoder with its weights; see fill."""
+    model = empty_model(folder)
+    fill(model, folder, dtype, device)
+    return model
 
 
 def check_folder(path):

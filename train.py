@@ -3,6 +3,7 @@
     python train.py                                                              # the embedded default in data/: minutes on a laptop
     python train.py --model DIR --data FILE --out DIR
     torchrun --nproc_per_node 8 train.py --model DIR --data FILE --out DIR       # the same losses, the model sharded over 8 processes
+    python train.py --model DIR --memory_plan 8                                  # what each of 8 would hold; needs only config.json
     python train.py --model DIR --data FILE --out DIR --method sft               # plain fine-tuning, the baseline
     python train.py --model TRAINED --data FILE --out DIR --epochs 0             # only fit the matrix
 
@@ -10,11 +11,13 @@ FILE is a JSON list or JSON lines: {"instruction": own language, "output": answe
 "lang" and "input" (appended to the instruction). DIR is a Hugging Face checkpoint folder; the result is one too, ready for infer.py.
 """
 import argparse
+import datetime
 import json
 import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +25,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cctuning import Batch, MatrixSums, cctuning_tensors, gumbel_noise, load_cctuning, r_squared
-from model import (TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, holds_model, instruction, pad, read_records, run_script,
+from model import (TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, empty_model, holds_model, instruction, pad, read_records, run_script,
                    save_checkpoint, text_field)
 
 BETAS, WEIGHT_DECAY, MAX_NORM, WARMUP = (0.9, 0.999), 0.0, 1.0, 0.1
 WINDOW = 128     # samples that are sorted by length together when a step has fewer
+TIMEOUT = datetime.timedelta(minutes=10)  # that a process waits for the others, before it takes them for dead
 HELD_OUT = 100   # prompts kept out of the matrix fit to measure it
 DATA = Path(__file__).resolve().parent / "data"
 EMBEDDED = dict(model=str(DATA / "base"), data=str(DATA / "train.jsonl"), eval_data=str(DATA / "dev.jsonl"),
@@ -59,9 +64,15 @@ def parse_args(argv=None):
     add("--matrix_prompts", type=at_least(1), default=1000, metavar="N", help="prompts to fit the matrix on (default %(default)s)")
     add("--ridge", type=at_least(0, float), default=0.0, help="penalty in the fit, as a share of the mean squared activation (default %(default)s)")
     add("--per_language", action="store_true", help="also fit one matrix per language ('lang' of the samples)")
+    add("--checkpoint_activations", action="store_true", help="keep only each layer's input for the backward pass and compute the rest again: "
+        "the same results, less memory, about a quarter more time")
+    add("--max_shard_size", type=at_least(0, float), default=5.0, metavar="GB", help="of the files of weights that are saved (default %(default)s)")
+    add("--memory_plan", type=at_least(1), metavar="N", help="only print what each of N processes would hold")
     add("--log_every", type=at_least(1), default=10, metavar="N", help="steps between printed lines; train_log.jsonl has them all "
         "(default %(default)s)")
     args = parser.parse_args(argv)
+    if args.memory_plan and args.model:
+        return args
     if args.model is None and args.data is None:
         parser.set_defaults(**EMBEDDED)
         return parser.parse_args(argv)
@@ -163,13 +174,17 @@ def start_workers(dtype):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return Workers(rank, world, device, getattr(torch, dtype))
 
 
 def shard(cc, workers):
-    """Spread the model over the processes: each decoder layer, and the rest with the root, whose one forward runs both passes."""
+    """Spread the model over the processes: each decoder layer, and the rest with the root, whose one forward runs both passes.
+
+    Weights and optimizer stay float32; layers are gathered in the dtype of the computation, gradients reduced in float32. Returns what
+    model.fill needs: a parameter's part here, and the rows of the whole that it is.
+    """
     low = torch.bfloat16 if workers.dtype == torch.bfloat16 else None
     # Inputs are not cast: Gumbel noise rounded to bfloat16 could choose another layer than in one process.
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
@@ -177,6 +192,30 @@ def shard(cc, workers):
     for module in [*cc.lm.model.layers, cc]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(cc, "activations")
+
+    def local(parameter):
+        part = parameter.detach().to_local()
+        start = workers.rank * math.ceil(len(parameter) / workers.world)  # dimension 0 is cut into equal parts, the last ones shorter
+        return part, slice(start, start + len(part))
+    return local
+
+
+def memory_plan(args, world):
+    """Bytes that each of `world` processes holds in training, by name. Activations come on top."""
+    lm = empty_model(args.model)
+    config, count = lm.config, lambda parameters: sum(p.numel() for p in parameters)
+    layer, rest = count(lm.model.layers[0].parameters()), count(p for name, p in lm.named_parameters() if ".layers." not in name)
+    part = sum(math.ceil(len(p) / world) * p[0].numel() for p in lm.parameters())
+    low, micro = 4 if args.dtype == "float32" else 2, min(args.micro_batch, math.ceil(args.batch_size / world))
+    tokens = micro * (args.max_length or min(1024, config.max_length))
+    return {
+        "parameters, float32": 4 * part,
+        "gradients, float32": 4 * part,
+        "AdamW's two moments": 8 * part,
+        "weights in the dtype of the computation": low * (rest + 2 * layer if world > 1 else rest + config.num_hidden_layers * layer) * (world > 1 or low == 2),
+        "gradients before they are reduced": low * (rest + layer) * (world > 1),
+        "logits, were all tokens answer": 3 * 4 * tokens * config.vocab_size,  # they, their log-softmax, its gradient
+    }
 
 
 def gathered(parameter):
@@ -243,6 +282,11 @@ def fit_matrices(cc, samples, tokenizer, workers, args):
 
 def main():
     args = parse_args()
+    if args.memory_plan:
+        plan_ = memory_plan(args, args.memory_plan)
+        for what, size in [*plan_.items(), ("together, activations come on top", sum(plan_.values()))]:
+            print(f"{size / 1e9:8.2f} GB  {what}")
+        return
     workers = start_workers(args.dtype)
     main_process = workers.rank == 0
     say = print if main_process else lambda *_: None
@@ -271,14 +315,15 @@ def main():
         raise UserError(f"{args.data}: every instruction equals its instruction_en; the Transform Matrix needs prompts in other languages")
     if args.per_language and not all(s.lang for s in foreign):
         raise UserError(f'{args.data}: --per_language needs a "lang" in every sample; add it')
-    cc = load_cctuning(args.model, torch.float32, workers.device, args.seed)
+    cc = load_cctuning(args.model, torch.float32, workers.device, args.seed, partial(shard, workers=workers) if workers.world > 1 else None)
     if args.method == "cc" and args.epochs == 0 and not cc.trained:
         raise UserError(f"{args.model}: has no Decision Maker, so a matrix would serve nothing; train it first (--epochs 1 or more)")
     stored = cc.lm.stored
     if args.method == "sft":
         cc.decision_maker.requires_grad_(False)
-    if workers.world > 1:
-        shard(cc, workers)
+    if args.checkpoint_activations:
+        for layer in cc.lm.model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     connections = ("english", "matrix", "none") if args.method == "cc" else ("none",)  # trained with the first, measured with all
 
     out.mkdir(parents=True, exist_ok=True)
@@ -352,7 +397,7 @@ def main():
     # Save. Every process gathers the weights, the first one writes them.
     tensors = ((name, gathered(p).to(stored[name])) for name, p in cc.lm.named_parameters())
     if main_process:
-        save_checkpoint(out, args.model, tensors, entry, extra)
+        save_checkpoint(out, args.model, tensors, entry, extra, int(1e9 * args.max_shard_size))
         log.close()
     else:
         for _ in tensors:
