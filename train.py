@@ -38,7 +38,7 @@ TIMEOUT = datetime.timedelta(minutes=10)  # that a process waits for the others,
 HELD_OUT = 100   # prompts kept out of the matrix fit to measure it
 DATA = Path(__file__).resolve().parent / "data"
 EMBEDDED = dict(model=str(DATA / "base"), data=str(DATA / "train.jsonl"), eval_data=str(DATA / "dev.jsonl"),
-                epochs=6, batch_size=32, micro_batch=32, lr=5e-4)  # where neither --model nor --data is given
+                epochs=2, batch_size=32, micro_batch=32, lr=1e-4)  # where neither --model nor --data is given
 
 
 def parse_args(argv=None):

@@ -1,7 +1,7 @@
 """Plain fine-tuning against CC-Tuning on the embedded default: exact match on facts that were held out, over several seeds.
 
     python tests/miniature.py                          # five seeds of both, on the test facts: what README.md shows
-    python tests/miniature.py --part dev --seeds 2 --cc "--english_grad" --out out/other   # to choose settings by
+    python tests/miniature.py --part dev --seeds 2 --cc "--ridge 0.1" --out out/other      # to choose settings by
 
 --sft and --cc add options of train.py to the default run of each method. Runs that are complete in --out are not repeated. Prints a table in Markdown
 and, where matplotlib is installed, draws --figure: accuracy per language.
@@ -68,8 +68,8 @@ def main():
     add("--seeds", type=int, default=5, help="seeds 0 to N-1 (default %(default)s)")
     add("--part", choices=("dev", "test"), default="test", help="facts to answer (default %(default)s)")
     add("--methods", default="sft,cc", help="(default %(default)s)")
-    add("--sft", default="", metavar="OPTIONS", help="of train.py, for the plain runs")
-    add("--cc", default="", metavar="OPTIONS", help="of train.py, for the CC-Tuning runs")
+    add("--sft", default="--lr 2e-4", metavar="OPTIONS", help="of train.py, for the plain runs (default: the best of eight on dev, %(default)s)")
+    add("--cc", default="--english_grad", metavar="OPTIONS", help="of train.py, for the CC-Tuning runs (default: the best of eight on dev, %(default)s)")
     add("--answer", default="", metavar="OPTIONS", help="of eval.py")
     add("--jobs", type=int, default=2, help="runs at a time, of one thread each (default %(default)s)")
     add("--out", type=Path, default=ROOT / "out" / "miniature", metavar="DIR", help="(default out/miniature)")
