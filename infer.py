@@ -21,7 +21,7 @@ from cctuning import load_cctuning
 from model import (TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, holds_model, instruction, new_cache, pad, read_json_lines,
                    read_records, run_script, text_field)
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(os.path.relpath(Path(__file__).resolve().parent / "data"))
 LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # of the paper's evaluation
 
 

@@ -36,8 +36,8 @@ BETAS, WEIGHT_DECAY, MAX_NORM, WARMUP = (0.9, 0.999), 0.0, 1.0, 0.1
 WINDOW = 128     # samples that are sorted by length together when a step has fewer
 TIMEOUT = datetime.timedelta(minutes=10)  # that a process waits for the others, before it takes them for dead
 HELD_OUT = 100   # prompts kept out of the matrix fit to measure it
-DATA = Path(__file__).resolve().parent / "data"
-EMBEDDED = dict(model=str(DATA / "base"), data=str(DATA / "train.jsonl"), eval_data=str(DATA / "dev.jsonl"),
+DATA = os.path.relpath(Path(__file__).resolve().parent / "data")
+EMBEDDED = dict(model=f"{DATA}/base", data=f"{DATA}/train.jsonl", eval_data=f"{DATA}/dev.jsonl",
                 epochs=2, batch_size=32, micro_batch=32, lr=1e-4)  # where neither --model nor --data is given
 
 

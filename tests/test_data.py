@@ -78,3 +78,22 @@ def test_no_model_is_trained_on_what_is_held_out(tmp_path):
     assert len(made) == 2 + 4 * len(LANGS)
     for path in made:
         assert (makes / path).read_bytes() == (DATA / path).read_bytes(), path
+
+
+def test_tuned_answers(run):
+    """Catches an embedded checkpoint that is missing, unconnected, or was not made from data/base and data/train.jsonl."""
+    code, out, err = run("infer", "--model", DATA / "tuned", "--lang", "sw", "--explain")
+    asked = [line for line in out.splitlines() if "[right: " in line]
+    assert code == 0 and len(asked) == 7 and all("[connection matrix: layer " in line for line in asked), (out, err)
+    config = json.loads((DATA / "tuned" / "config.json").read_text())["cctuning"]
+    assert config["method"] == "cc" and config["arguments"]["data"] == "data/train.jsonl" and config["arguments"]["epochs"] == 2
+
+
+def test_default_evaluation(tmp_path, run):
+    """Catches scores that do not follow from the answers, an English model that has lost its English, and answers compared with the wrong line."""
+    code, out, err = run("eval", "--model", DATA / "tuned", "--langs", "en,sw", "--limit", 40, "--out", tmp_path)
+    assert code == 0, err
+    for result in json.loads((tmp_path / "results.json").read_text())["results"]:
+        folder = next((tmp_path / "answers").iterdir())
+        rows, gold = lines(folder / "facts" / f"{result['lang']}.jsonl"), [answer for _, answer in held_out("test", result["lang"])]
+        assert len(rows) == result["items"] == 40 and result["correct"] == sum(r["answer"] == g for r, g in zip(rows, gold)) > (35 if result["lang"] == "en" else 5)

@@ -94,6 +94,18 @@ def test_several_processes_equal_one(checkpoint, tmp_path, run):
         assert scores[0] == scores[1]
 
 
+def test_the_default_run(tmp_path, run):
+    """Catches the embedded default giving other losses on two processes than on one: its first 20 steps."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join((ROOT / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:640]), encoding="utf-8")
+    settings = [f"--{name}={train.EMBEDDED[name]}" for name in ("model", "batch_size", "micro_batch", "lr")]
+    command = lambda out: ["train", *settings, "--data", data, "--out", out, "--epochs", "1", "--dtype", "float32", "--matrix_prompts", "1"]
+    assert run(*command(tmp_path / "one"))[0] == 0
+    done = launch(tmp_path, 2, [command(tmp_path / "two")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(losses(tmp_path / "one")) == 20 and np.abs(losses(tmp_path / "two") - losses(tmp_path / "one")).max() < 1e-5
+
+
 def test_memory_plan(tmp_path, run):
     """Catches a part of the model that is kept whole by every process, and a plan that says something else than what is done."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
