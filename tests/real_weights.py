@@ -1,6 +1,7 @@
 """Checks on real checkpoints, run by hand (they are too large to ship):
 
     MODEL=DIR DATA=FILE python -m pytest tests/real_weights.py -s       # the same greedy answers as transformers
+                                                                        # and the memory of two processes against one
     MODEL=DIR python -m pytest tests/real_weights.py                    # where DIR has an expected.json: its continuations to the letter
     TOKENIZERS=DIR python -m pytest tests/real_weights.py               # DIR/expected.json: prompts as their chat templates have them
 
@@ -8,6 +9,7 @@ Each runs where its variables are set.
 """
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ import torch
 
 from infer import Engine
 from model import Config, Tokenizer, load_model, new_cache, read_records
+from test_distributed import WORKER, launch
 
 MODEL, DATA, TOKENIZERS = (os.environ.get(name) and Path(os.environ[name]) for name in ("MODEL", "DATA", "TOKENIZERS"))
 
@@ -42,6 +45,26 @@ def test_answers_as_transformers(capsys):
         same = sum(a == b for a, b in zip(ours, theirs))
         print(f"\n{same} of 20 prompts in {', '.join(sorted(by_language)[:5])}: the same tokens, {sum(map(len, ours))} in all")
     assert ours == theirs
+
+
+@pytest.mark.skipif(not (MODEL and DATA), reason="real weights are too large to ship: set MODEL and DATA to run it")
+def test_two_processes_share_the_memory(tmp_path, capsys, monkeypatch):
+    """Peak host memory of each of two processes that load, train one step and save: below 0.7 of one process's."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")  # else glibc keeps what each gathered layer had, in pieces
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for _, record in read_records(DATA)[:16]))
+    report = WORKER + "\nprint('peak', [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])\n"
+    peaks, seconds = {}, {}
+    for world in (1, 2):
+        began = time.perf_counter()
+        done = launch(tmp_path, world, [["train", "--model", MODEL, "--data", data, "--out", tmp_path / str(world), "--epochs", "1", "--batch_size", "16",
+                                         "--micro_batch", "1", "--dtype", "float32", "--max_length", "256"]], report, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        seconds[world] = time.perf_counter() - began
+        peaks[world] = max(int(line.split()[1]) / 1024 for line in done.stdout.splitlines() if line.startswith("peak"))
+    with capsys.disabled():
+        print(f"\npeak of a process: {peaks[1]:.0f} and {peaks[2]:.0f} MiB, {peaks[2] / peaks[1]:.2f}; time of the command: {seconds[2] / seconds[1]:.2f}")
+    assert peaks[2] < 0.7 * peaks[1]
 
 
 @pytest.mark.skipif(not (MODEL and (MODEL / "expected.json").exists()), reason="set MODEL to a folder with an expected.json to run it")
