@@ -11,6 +11,7 @@ split_en/LANG.json (split_sample_en/LANG.json) where the task has that folder.
 """
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from infer import DATA, DEFAULT_MODEL, Engine, add_engine_options, default_model, write_lines
-from model import Config, Tokenizer, UserError, at_least, check_folder, instruction, read_json_lines, run_script, weight_files
+from model import Config, Tokenizer, UserError, at_least, check_folder, instruction, read_json_lines, run_script, weight_files, write_text
 
 OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # the answers to choose from; other tasks are answered freely
 
@@ -133,15 +134,14 @@ def encode(engine, args, lang, items):
 
 
 def answer(engine, args, prompts, rank, world, what):
-    """The Answers to a task's prompts, every process giving those to its share; the same list on all."""
-    mine = prompts[rank::world]
-    with tqdm(total=len(mine), desc=what, leave=False, disable=rank > 0 or None) as progress:
-        answers = engine.answer_all(mine, args.batch_size, args.max_new_tokens, progress=progress)
+    """The Answers to a task's prompts, every process giving some; the same list on all."""
+    with tqdm(total=math.ceil(len(prompts) / world), desc=what, leave=False, disable=rank > 0 or None) as progress:
+        answers = engine.answer_all(prompts, args.batch_size, args.max_new_tokens, progress=progress, rank=rank, world=world)
     shares = [answers]
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, answers)
-    return [shares[i % world][i // world] for i in range(len(prompts))]
+    return [next(answer for answer in given if answer) for given in zip(*shares)]
 
 
 def score(engine, task, lang, items, answers):
@@ -158,7 +158,7 @@ def score(engine, task, lang, items, answers):
 
 
 def table(results, models):
-    """Markdown: accuracy in per cent, a row per task and language, a column per model, means below each task."""
+    """Markdown: accuracy in per cent, a row per task and language, a column per model, means below each task: of all languages, and of all but English."""
     lines = ["| task | language | items | " + " | ".join(models) + " |", "|---|---|---|" + "---|" * len(models)]
     for task in dict.fromkeys(r["task"] for r in results):
         rows = [r for r in results if r["task"] == task]
@@ -167,8 +167,11 @@ def table(results, models):
         for lang in langs:
             scores = " | ".join(f"{100 * cell[lang, m]['accuracy']:.1f}" for m in models)
             lines.append(f"| {task} | {lang} | {cell[lang, models[0]]['items']} | {scores} |")
-        means = (sum(cell[lang, m]["accuracy"] for lang in langs) / len(langs) for m in models)
-        lines.append(f"| {task} | mean | | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
+        others = [lang for lang in langs if lang != "en"]
+        for name, group in {"mean": langs, "mean without en": others}.items():
+            if group and (name == "mean" or others != langs):
+                means = (sum(cell[lang, m]["accuracy"] for lang in group) / len(group) for m in models)
+                lines.append(f"| {task} | {name} | | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
     return "\n".join(lines)
 
 
@@ -211,13 +214,11 @@ def main():
         dist.destroy_process_group()
     if rank > 0:
         return
-    out.mkdir(parents=True, exist_ok=True)
     markdown = table(results, args.model)
     for file, text in (("results.json", json.dumps({"arguments": vars(args), "results": results}, indent=1)), ("results.md", markdown + "\n")):
-        (out / (file + ".tmp")).write_text(text, encoding="utf-8")
-        os.replace(out / (file + ".tmp"), out / file)
+        write_text(out / file, text)
     print(f"accuracy, per cent\n\n{markdown}\n\nresults and answers are in {out}")
 
 
 if __name__ == "__main__":
-    run_script(main, speak=int(os.environ.get("RANK", 0)) == 0)
+    run_script(main, speak=int(os.environ.get("LOCAL_RANK", 0)) == 0)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from cctuning import load_cctuning
 from model import (TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, holds_model, instruction, new_cache, pad, read_json_lines,
-                   read_records, run_script, text_field)
+                   read_records, run_script, text_field, write_text)
 
 DATA = Path(os.path.relpath(Path(__file__).resolve().parent / "data"))
 LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # of the paper's evaluation
@@ -180,18 +180,20 @@ class Engine:
             x, _ = cc.lm(tokens[:, None], positions=lengths[:, None], cache=cache)
             logits, lengths = cc.lm.logits(x[:, -1]), lengths + 1
 
-    def answer_all(self, prompts, batch_size, *options, progress=None):
-        """The Answers to any number of Prompts, in batches of like length."""
-        answers = {}
+    def answer_all(self, prompts, batch_size, *options, progress=None, rank=0, world=1):
+        """The Answers to any number of Prompts, in batches of like length. Of several processes each answers its share of the batches, the same ones
+        whatever their number, and has None for the others' prompts."""
+        answers = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
-        for start in range(0, len(order), batch_size):
+        for start in range(rank * batch_size, len(order), world * batch_size):
             part = order[start:start + batch_size]
             for found in self.generate([prompts[i] for i in part], *options):
                 pass
-            answers.update(zip(part, found))
-            if progress:
+            for i, answer in zip(part, found):
+                answers[i] = answer
+            if progress is not None:
                 progress.update(len(part))
-        return [answers[i] for i in range(len(prompts))]
+        return answers
 
     def explain(self, answer):
         """A line on where the connection came from."""
@@ -215,13 +217,8 @@ def pick(logits, temperature, top_p, randoms):
 
 def write_lines(path, records):
     """Write JSON lines, whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair: back to its JSON escape
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        os.replace(partial, path)
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 

@@ -65,10 +65,39 @@ def read_text(path):
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+def sync(path):
+    """Have the system write a file or folder to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair: back to its JSON escape
+    sync(partial)
+    os.replace(partial, path)
+
+
+def parse_json(text):
+    """The JSON value of a text; ValueError where it is none, or where an object has a key twice."""
+    def once(pairs):
+        if len(found := dict(pairs)) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+        return found
+    return json.loads(text, object_pairs_hook=once)
+
+
 def read_json(path):
     """The JSON object in a file."""
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); restore the file") from None
     if not isinstance(value, dict):
@@ -82,7 +111,7 @@ def read_json_lines(path):
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a JSON string
         if line.strip():
             try:
-                records.append((number, json.loads(line)))
+                records.append((number, parse_json(line)))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not valid JSON ({error}); expected one JSON value per line") from None
     if not records:
@@ -96,7 +125,7 @@ def read_records(path):
     if not text.lstrip().startswith("["):
         return read_json_lines(path)
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON ({error}); expected JSON lines or one JSON list") from None
     if not values:
@@ -598,12 +627,16 @@ def save_checkpoint(out, source, tensors, entry, extra=None, shard_bytes=5_000_0
     if extra:
         save_file({name: t.contiguous() for name, t in extra.items()}, staging / "cctuning.safetensors")
 
+    for path in staging.iterdir():
+        sync(path)
+
     # The old model goes, index first, with every file of its own that the new one lacks.
     for old in [out / INDEX, *out.glob("model*.safetensors"), out / "cctuning.safetensors", *(out / name for name in TOKENIZER_FILES)]:
         old.unlink(missing_ok=True)
     for path in sorted(staging.iterdir(), key=lambda p: p.name == INDEX):
         path.replace(out / path.name)
     staging.rmdir()
+    sync(out)
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer and chat template

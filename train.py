@@ -3,6 +3,7 @@
     python train.py                                                              # the embedded default in data/: minutes on a laptop
     python train.py --model DIR --data FILE --out DIR
     torchrun --nproc_per_node 8 train.py --model DIR --data FILE --out DIR       # the same losses, the model sharded over 8 processes
+    python train.py --model DIR --data FILE --out DIR --save_every 100           # killed, it goes on with --resume added
     python train.py --model DIR --memory_plan 8                                  # what each of 8 would hold; needs only config.json
     python train.py --model DIR --data FILE --out DIR --method sft               # plain fine-tuning, the baseline
     python train.py --model TRAINED --data FILE --out DIR --epochs 0             # only fit the matrix
@@ -12,10 +13,14 @@ FILE is a JSON list or JSON lines: {"instruction": own language, "output": answe
 """
 import argparse
 import datetime
+import hashlib
 import json
 import math
 import os
+import shutil
+import signal
 import time
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,18 +28,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cctuning import Batch, MatrixSums, cctuning_tensors, gumbel_noise, load_cctuning, r_squared
-from model import (TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, empty_model, holds_model, instruction, pad, read_records, run_script,
-                   save_checkpoint, text_field)
+from model import (TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, empty_model, holds_model, instruction, pad, read_json, read_records,
+                   read_text, run_script, save_checkpoint, sync, text_field, write_text)
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints of a single process
 
 BETAS, WEIGHT_DECAY, MAX_NORM, WARMUP = (0.9, 0.999), 0.0, 1.0, 0.1
 WINDOW = 128     # samples that are sorted by length together when a step has fewer
 TIMEOUT = datetime.timedelta(minutes=10)  # that a process waits for the others, before it takes them for dead
+MAX_SKIPPED = 10  # steps in a row whose loss or gradient is not finite, before the run stops
+FREE = ("out", "overwrite", "resume", "save_every", "keep", "micro_batch", "checkpoint_activations", "max_shard_size", "log_every", "memory_plan",
+        "eval_data", "embedded")  # arguments that may change when a run is resumed: they do not change its result
 HELD_OUT = 100   # prompts kept out of the matrix fit to measure it
 DATA = os.path.relpath(Path(__file__).resolve().parent / "data")
 EMBEDDED = dict(model=f"{DATA}/base", data=f"{DATA}/train.jsonl", eval_data=f"{DATA}/dev.jsonl",
@@ -67,18 +80,21 @@ def parse_args(argv=None):
     add("--checkpoint_activations", action="store_true", help="keep only each layer's input for the backward pass and compute the rest again: "
         "the same results, less memory, about a quarter more time")
     add("--max_shard_size", type=at_least(0, float), default=5.0, metavar="GB", help="of the files of weights that are saved (default %(default)s)")
+    add("--save_every", type=at_least(1), metavar="N", help="write OUT/checkpoints every N steps, for --resume (default: only when stopped by a signal)")
+    add("--keep", type=at_least(1), default=2, metavar="N", help="checkpoints to keep (default %(default)s)")
+    add("--resume", action="store_true", help="go on from the newest of OUT/checkpoints, on any number of processes; from the start where there is none")
     add("--memory_plan", type=at_least(1), metavar="N", help="only print what each of N processes would hold")
     add("--log_every", type=at_least(1), default=10, metavar="N", help="steps between printed lines; train_log.jsonl has them all "
         "(default %(default)s)")
     args = parser.parse_args(argv)
     if args.memory_plan and args.model:
         return args
+    parser.set_defaults(embedded=args.model is None and args.data is None)  # noted in the result, which a later default run may replace
     if args.model is None and args.data is None:
         parser.set_defaults(**EMBEDDED)
-        return parser.parse_args(argv)
-    if args.model is None or args.data is None:
+    elif args.model is None or args.data is None:
         raise UserError("train.py: give both --model and --data, or neither for the embedded default")
-    return args
+    return parser.parse_args(argv)
 
 
 # -------------------------------------------------------------------------------------------------------------------------- data
@@ -163,6 +179,10 @@ class Workers:
             dist.all_reduce(tensor)
         return tensor
 
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
@@ -200,20 +220,90 @@ def shard(cc, workers):
     return local
 
 
+# -------------------------------------------------------------------------------------------------------------------- resuming
+
+def run_state(cc, optimizer):
+    """All that a run goes on from, by name: weights and AdamW's moments, to be written, or read in place. (Order of the samples, learning rate and Gumbel
+    noise follow from the seed and the step.)"""
+    state = {}
+    for name, p in cc.named_parameters():
+        state[name] = p.detach()
+        if p.requires_grad:
+            moments = optimizer.state[p]
+            if not moments:  # as AdamW starts them
+                moments.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state.update({f"{name}.{key}": value for key, value in moments.items()})
+    return state
+
+
+def save_run(folder, step, state, note, keep, workers):
+    """Write FOLDER/step-N, whole or not at all, and remove all but the newest `keep`. Its parts are torch.distributed.checkpoint's, whose index is a pickle:
+    a checkpoint is for whoever wrote it, and never leaves the user's own --out."""
+    target, partial = folder / f"step-{step:07d}", folder / f"step-{step:07d}.tmp"
+    if target.exists():
+        return
+    try:
+        if workers.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_text(partial / "run.json", json.dumps(note))
+        workers.barrier()
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True), no_dist=workers.world == 1)
+        if workers.rank == 0:
+            partial.rename(target)
+            sync(folder)
+            for old in checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+    except (OSError, CheckpointException) as error:
+        if workers.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{target}: cannot be written ({last_line(error)}); make room, then go on with --resume") from None
+
+
+def checkpoints(folder):
+    """The complete checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+
+
+def load_run(path, state, note, workers):
+    """Read a checkpoint into `state` in place, having made sure that it is of the same run."""
+    saved = read_json(path / "run.json")
+    for name in note:
+        if saved.get(name) != note[name]:
+            raise UserError(f"{path}: was written with another --{name} ({saved.get(name)}, now {note[name]}); give the same, or another --out")
+    try:
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=workers.world == 1)
+    except (Exception, CheckpointException) as error:  # a damaged file can make the reader raise anything
+        raise UserError(f"{path}: damaged ({last_line(error)}); remove it to resume from the checkpoint before it") from None
+    return int(path.name.removeprefix("step-"))
+
+
+def last_line(error):
+    """What an error says in the end; of several processes' errors, the first one's."""
+    failures = list(getattr(error, "failures", {}).values())
+    error = failures[0][0] if failures else error
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------------ memory plan
+
 def memory_plan(args, world):
     """Bytes that each of `world` processes holds in training, by name. Activations come on top."""
     lm = empty_model(args.model)
     config, count = lm.config, lambda parameters: sum(p.numel() for p in parameters)
     layer, rest = count(lm.model.layers[0].parameters()), count(p for name, p in lm.named_parameters() if ".layers." not in name)
     part = sum(math.ceil(len(p) / world) * p[0].numel() for p in lm.parameters())
-    low, micro = 4 if args.dtype == "float32" else 2, min(args.micro_batch, math.ceil(args.batch_size / world))
-    tokens = micro * (args.max_length or min(1024, config.max_length))
+    low, tokens = 4 if args.dtype == "float32" else 2, min(args.micro_batch, math.ceil(args.batch_size / world)) * (args.max_length or min(1024, config.max_length))
+    if world > 1:  # the root's and two layers' weights are gathered; gradients of one group at a time, reduced in float32
+        gathered_, reduced = low * (rest + 2 * layer), (low + 4) * max(rest, layer)
+    else:  # autocast's copies of what is multiplied, which is all but the embedding
+        gathered_, reduced = (low == 2) * low * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size), 0
     return {
         "parameters, float32": 4 * part,
         "gradients, float32": 4 * part,
         "AdamW's two moments": 8 * part,
-        "weights in the dtype of the computation": low * (rest + 2 * layer if world > 1 else rest + config.num_hidden_layers * layer) * (world > 1 or low == 2),
-        "gradients before they are reduced": low * (rest + layer) * (world > 1),
+        "weights in the dtype of the computation": gathered_,
+        "gradients while they are reduced": reduced,
         "logits, were all tokens answer": 3 * 4 * tokens * config.vocab_size,  # they, their log-softmax, its gradient
     }
 
@@ -280,6 +370,27 @@ def fit_matrices(cc, samples, tokenizer, workers, args):
 
 # ------------------------------------------------------------------------------------------------------------------------- main
 
+def finite(number):
+    return number if math.isfinite(number) else None  # JSON has no other numbers
+
+
+def open_log(out, start, resumed):
+    """train_log.jsonl, with the lines up to step `start` of the run that is resumed; whatever else was begun there is cleared away."""
+    lines = []
+    if resumed and (out / "train_log.jsonl").exists():
+        for line in read_text(out / "train_log.jsonl").splitlines():
+            try:
+                lines += [line] if json.loads(line)["step"] <= start else []
+            except (ValueError, KeyError):
+                pass  # cut short, or of the end of a run
+    elif not resumed:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    for left in [out / "saving.tmp", *(out / "checkpoints").glob("*.tmp")]:
+        shutil.rmtree(left, ignore_errors=True)
+    write_text(out / "train_log.jsonl", "".join(line + "\n" for line in lines))
+    return open(out / "train_log.jsonl", "a", encoding="utf-8")
+
+
 def main():
     args = parse_args()
     if args.memory_plan:
@@ -294,10 +405,14 @@ def main():
     # Everything the user gave is checked before any work is done.
     out = Path(args.out)
     check_folder(out)
-    embedded = args.model == EMBEDDED["model"]
-    replaceable = args.overwrite or embedded and holds_model(out) and Config.read(out).cctuning.get("arguments", {}).get("model") == args.model
+    made_with = Config.read(out).cctuning.get("arguments", {}) if holds_model(out) else {}
+    replaceable = args.overwrite or args.embedded and made_with.get("embedded") is True
+    if args.resume and made_with and all(made_with.get(name) == value for name, value in vars(args).items() if name not in FREE):
+        return say(f"{out}: holds the result of this run already")
     if holds_model(out) and not replaceable:
         raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
+    if checkpoints(out / "checkpoints") and not (replaceable or args.resume):
+        raise UserError(f"{out}/checkpoints: a run was stopped here; go on with --resume, or start anew with --overwrite")
     config = Config.read(args.model)
     max_length = args.max_length or min(1024, config.max_length)
     if max_length > config.max_length:
@@ -326,47 +441,62 @@ def main():
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     connections = ("english", "matrix", "none") if args.method == "cc" else ("none",)  # trained with the first, measured with all
 
-    out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "train_log.jsonl", "w", encoding="utf-8") if main_process else None
+    # Train, from the start or from where a run was stopped.
+    steps = [(epoch, s) for epoch in range(args.epochs) for s in plan(samples, args.batch_size, args.seed, epoch)]
+    parameters = [p for p in cc.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    warmup = math.ceil(WARMUP * len(steps))
+    digest = hashlib.sha256(repr([(s.ids, s.prompt_length, s.english_ids) for s in samples]).encode()).hexdigest()
+    note = {name: value for name, value in vars(args).items() if name not in FREE} | {"dtype": str(workers.dtype), "data": f"{args.data} {digest}"}
+    start, resumable = 0, checkpoints(out / "checkpoints") if args.resume else []
+    if resumable:
+        start = load_run(resumable[-1], run_state(cc, optimizer), note, workers)
+    workers.barrier()  # all have looked: now the first may change something
+    log = open_log(out, start, resumable) if main_process else None
 
     def record(**entry):
         if log:
             log.write(json.dumps(entry) + "\n")
             log.flush()
 
-    # Train.
-    steps = [(epoch, s) for epoch in range(args.epochs) for s in plan(samples, args.batch_size, args.seed, epoch)]
-    parameters = [p for p in cc.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    warmup = math.ceil(WARMUP * len(steps))
-    say(f"{args.method} on {workers.world} x {workers.device.type}, {str(workers.dtype).removeprefix('torch.')}: {len(samples)} samples, {len(steps)} steps")
-    progress = tqdm(total=len(steps), desc="train", disable=None if main_process else True)
-    for step, (epoch, numbers) in enumerate(steps):
+    say(f"{args.method} on {workers.world} x {workers.device.type}, {str(workers.dtype).removeprefix('torch.')}: {len(samples)} samples, {len(steps)} steps"
+        + (f", resumed after step {start}" if start else ""))
+    stopped, skipped = [], 0
+    handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    progress = tqdm(total=len(steps), initial=start, desc="train", disable=None if main_process else True)
+    for step, (epoch, numbers) in list(enumerate(steps))[start:]:
         began = time.perf_counter()
         lr = args.lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, len(steps) - warmup)))
         for group in optimizer.param_groups:
             group["lr"] = lr
         chosen = [samples[i] for i in numbers]
         targets = sum(len(s.ids) - s.prompt_length for s in chosen)  # of the whole step: a mean of means would weigh short answers more
-        total = torch.zeros((), device=workers.device)
+        total = torch.zeros(2, device=workers.device)  # loss, processes that were told to stop
         for group, real in workers.deal(numbers, args.micro_batch):
             batch = Batch(*(t.to(workers.device) for t in collate([samples[i] for i in group], tokenizer.connection_index)))
             noise = gumbel_noise(args.seed, step, group, config.num_hidden_layers).to(workers.device)
             with workers.autocast():
                 loss = cc(batch, connections[0], noise, args.english_grad) * real
             (loss * workers.world / targets).backward()  # sharded gradients are averaged over processes: undo the division
-            total += loss.detach()
-        loss = workers.sum(total).item() / targets
-        if not math.isfinite(loss):
-            raise UserError(f"{args.data}: the loss is {loss} at step {step + 1}; lower --lr, or look for a broken sample")
+            total[0] += loss.detach()
+        total[1] = bool(stopped)
+        loss, stopping = workers.sum(total).tolist()
+        loss /= targets
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        optimizer.step()
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            skipped = 0
+        else:
+            skipped += 1
+            say(f"step {step + 1} skipped: loss {loss}, gradient norm {norm}")
         optimizer.zero_grad()
+        if skipped == MAX_SKIPPED:
+            raise UserError(f"{args.data}: no finite loss or gradient in {skipped} steps up to {step + 1}; lower --lr, or look for broken samples")
 
         tokens = sum(len(s.ids) + (args.method == "cc") * len(s.english_ids) for s in chosen)
         speed = tokens / (time.perf_counter() - began)
-        record(step=step + 1, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed, 1))
+        record(step=step + 1, epoch=epoch, loss=finite(loss), lr=lr, grad_norm=finite(norm), tokens_per_s=round(speed, 1), skipped=skipped > 0)
         progress.update()
         if (step + 1) % args.log_every == 0 or step + 1 == len(steps):
             line = f"step {step + 1:>{len(str(len(steps)))}}/{len(steps)}  loss {loss:7.4f}  lr {lr:8.2e}  grad {norm:8.3f}  {speed:8.0f} tokens/s"
@@ -377,7 +507,16 @@ def main():
             record(step=step + 1, epoch=epoch, eval_loss={connections[0]: found})
             if main_process:
                 progress.write(f"epoch {epoch + 1}/{args.epochs}  validation loss {found:.4f} {connections[0]}")
+        if stopping or args.save_every and (step + 1) % args.save_every == 0:
+            save_run(out / "checkpoints", step + 1, run_state(cc, optimizer), note, args.keep, workers)
+        if stopping:
+            progress.close()
+            say(f"stopped after step {step + 1} of {len(steps)}, saved in {out}/checkpoints; the same command with --resume goes on")
+            workers.barrier()
+            raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
     progress.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
     # Fit the Transform Matrix.
     entry = {"template": tokenizer.template, "method": args.method, "arguments": vars(args)}
@@ -397,16 +536,20 @@ def main():
     # Save. Every process gathers the weights, the first one writes them.
     tensors = ((name, gathered(p).to(stored[name])) for name, p in cc.lm.named_parameters())
     if main_process:
-        save_checkpoint(out, args.model, tensors, entry, extra, int(1e9 * args.max_shard_size))
+        try:
+            save_checkpoint(out, args.model, tensors, entry, extra, int(1e9 * args.max_shard_size))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{out}: cannot be written ({last_line(error)}); make room, then run again"
+                            + (" with --resume" if args.save_every else "")) from None
         log.close()
     else:
         for _ in tensors:
             pass
-    say(f"saved to {out}\nnext: python infer.py" + ("" if args.out == "out" else f" --model {out}") + (" --lang sw" if embedded else " --prompt ..."))
+    say(f"saved to {out}\nnext: python infer.py" + ("" if args.out == "out" else f" --model {out}") + (" --lang sw" if args.embedded else " --prompt ..."))
+    workers.barrier()
     if workers.world > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_script(main, speak=int(os.environ.get("RANK", 0)) == 0)
+    run_script(main, speak=int(os.environ.get("LOCAL_RANK", 0)) == 0)

@@ -24,7 +24,6 @@ import json
 import math
 import random
 import sys
-import time
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent

@@ -9,6 +9,7 @@ and, where matplotlib is installed, draws --figure: accuracy per language.
 import argparse
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -17,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ANSWERED = {"sft": ("none",), "cc": ("matrix", "english", "none")}  # how the result of each method is connected
-NAMES = {("sft", "none"): "SFT", ("cc", "matrix"): "CC-Tuning, Transform Matrix", ("cc", "english"): "CC-Tuning, real English prompt (the bound)",
+ANSWERED = {"base": ("none",), "sft": ("none",), "cc": ("matrix", "english", "none")}  # how the result of each method is connected
+NAMES = {("base", "none"): "base model, untrained", ("sft", "none"): "SFT", ("cc", "matrix"): "CC-Tuning, Transform Matrix", ("cc", "english"): "CC-Tuning, real English prompt (the bound)",
          ("cc", "none"): "CC-Tuning, no connection"}
 
 
@@ -31,14 +32,15 @@ def run(script, *options):
 
 def one_run(method, seed, args):
     """Train and answer once; {connection: {language: accuracy}}."""
-    folder = args.out / f"{method}-{seed}"
-    if not (folder / "model.safetensors.index.json").exists():
+    folder = args.out / re.sub(r"\W+", "_", f"{method} {getattr(args, method, '')} {seed}")
+    model = ROOT / "data" / "base" if method == "base" else folder
+    if not (model / "model.safetensors.index.json").exists():
         run("train.py", "--method", method, "--seed", seed, "--out", folder, "--overwrite", *shlex.split(getattr(args, method)))
     found = {}
     for connection in ANSWERED[method]:
-        scores = folder / args.part / connection
+        scores = folder / args.part / re.sub(r"\W+", "_", f"{connection} {args.answer}")
         if not (scores / "results.json").exists():
-            run("eval.py", "--model", folder, "--data", ROOT / "data" / args.part, "--connection", connection, "--batch_size", 64, "--out", scores,
+            run("eval.py", "--model", model, "--data", ROOT / "data" / args.part, "--connection", connection, "--batch_size", 64, "--out", scores,
                 *shlex.split(args.answer))
         found[connection] = {r["lang"]: 100 * r["accuracy"] for r in json.loads((scores / "results.json").read_text())["results"]}
     return found
@@ -75,11 +77,11 @@ def main():
     add("--out", type=Path, default=ROOT / "out" / "miniature", metavar="DIR", help="(default out/miniature)")
     add("--figure", type=Path, metavar="FILE", help="a PNG to draw")
     args = parser.parse_args()
-    jobs = [(method, seed) for seed in range(args.seeds) for method in args.methods.split(",")]
+    jobs = [("base", 0), *((method, seed) for seed in range(args.seeds) for method in args.methods.split(","))]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(jobs, pool.map(lambda job: one_run(*job, args), jobs)))
-    scores = {(method, connection): [results[method, seed][connection] for seed in range(args.seeds)]
-              for method, connection in NAMES if method in args.methods.split(",")}
+    scores = {(method, connection): [found[connection] for (m, _), found in results.items() if m == method]
+              for method, connection in NAMES if (method, 0) in results}
     print(f"| {args.part} facts, exact match in % | mean of ten languages | spread (s.d.) | each seed | English |\n|---|---|---|---|---|")
     for key, runs in scores.items():
         ten = [statistics.mean(value for lang, value in found.items() if lang != "en") for found in runs]

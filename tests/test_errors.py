@@ -36,6 +36,13 @@ class Place:
         data = (self.model / name).read_bytes()
         (self.model / name).write_bytes(data[:int(len(data) * keep)])
 
+    def header(self, change):
+        path = self.model / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    def flip(self, at):
+        self.header(lambda h: h[:at] + bytes([h[at] ^ 0xFF]) + h[at + 1:])
+
     def index(self, change):
         weights = load_file(self.model / "model.safetensors")
         (self.model / "model.safetensors").unlink()
@@ -88,6 +95,13 @@ CASES = {
     "no weights": (lambda p: (p.model / "model.safetensors").unlink(), INFER, "no model.safetensors"),
     "empty weights": (write("model.safetensors", b""), INFER, "model.safetensors"),
     **{f"weights cut at {tenth}/10": (lambda p, tenth=tenth: p.cut("model.safetensors", tenth / 10), INFER, "model.safetensors: damaged") for tenth in range(1, 10)},
+    **{f"weights with byte {at} of the header flipped": (lambda p, at=at: p.flip(at), INFER, "model.safetensors") for at in (0, 3, 7, 8, 9, 40, 200)},
+    "weights whose header declares more than there is": (lambda p: p.header(lambda h: b"\xff" * 6 + b"\0\0" + h[8:]), INFER, "model.safetensors: damaged"),
+    "weights with a tensor beyond the file": (lambda p: p.header(lambda h: h.replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1)), INFER, "model.safetensors"),
+    "weights linked to nowhere": (lambda p: ((p.model / "model.safetensors").unlink(), (p.model / "model.safetensors").symlink_to("gone")), INFER, "model"),
+    "an index linked to nowhere": (lambda p: (p.index(lambda m: None), (p.model / "a.safetensors").unlink(),
+                                              (p.model / "a.safetensors").symlink_to("gone")), INFER, "a.safetensors: not found"),
+    "config with a key twice": (lambda p: (p.model / "config.json").write_text('{"vocab_size": 1, ' + (p.model / "config.json").read_text()[1:]), INFER, "twice"),
     "weights are a folder": (lambda p: ((p.model / "model.safetensors").unlink(), (p.model / "model.safetensors").mkdir()), INFER, "model.safetensors"),
     "index names a missing shard": (lambda p: p.index(lambda m: m.update({"model.norm.weight": "c.safetensors"})), INFER, "c.safetensors: not found"),
     "index names a tensor its shard lacks": (lambda p: p.index(lambda m: m.update({"model.norm.weight": "a.safetensors"})), INFER, "a.safetensors"),
@@ -119,6 +133,7 @@ CASES = {
     # prompts
     "an unknown language": (nothing, (*INFER, "--lang=xx"), "'xx'"),
     "a prompt too long": (nothing, ("infer", "--prompt=" + "neno " * 300), "--prompt"),
+    "a prompt of 100,000 characters": (nothing, ("infer", "--prompt=" + "x y" * 33334), "--prompt"),
     "an empty prompt": (nothing, ("infer", "--prompt= "), "--prompt"),
     "two kinds of prompt": (nothing, ("infer", "--prompt=x", "--input=y"), "--prompt"),
     "a language that no embedded question is in": (nothing, ("infer", "--lang=yo"), "--lang"),
@@ -137,6 +152,10 @@ CASES = {
     "data with a broken list": (lambda p: p.lines("[", json.dumps(GOOD) + ",", json.dumps(GOOD), json.dumps(GOOD) + "]"), TRAIN, "data.jsonl:4"),
     "data with an unfinished list": (lambda p: p.lines("[", json.dumps(GOOD) + ",", json.dumps(GOOD)), TRAIN, "data.jsonl"),
     "data with text after the list": (lambda p: p.lines("[", json.dumps(GOOD) + "]", "more"), TRAIN, "data.jsonl"),
+    "data with a key twice": (lambda p: p.lines(GOOD, '{"instruction": "a", ' + json.dumps(GOOD)[1:]), TRAIN, "data.jsonl:2"),
+    "data with a prompt of only spaces": (lambda p: p.lines(dict(GOOD, instruction="\u3000 ")), TRAIN, 'data.jsonl:1: "instruction"'),
+    "data linked to nowhere": (lambda p: (p.data.unlink(), p.data.symlink_to("gone")), TRAIN, "data.jsonl"),
+    "data with prompts of 100,000 characters": (lambda p: p.lines(dict(GOOD, instruction="x y" * 33334)), TRAIN, "--max_length"),
     "data with a number for a line": (lambda p: p.lines(GOOD, "3"), TRAIN, "data.jsonl:2"),
     "data without a field": (lambda p: p.lines(GOOD, {k: v for k, v in GOOD.items() if k != "instruction_en"}), TRAIN, 'data.jsonl:2: "instruction_en"'),
     "data with an empty field": (lambda p: p.lines(GOOD, dict(GOOD, output=" ")), TRAIN, 'data.jsonl:2: "output"'),

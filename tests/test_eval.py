@@ -63,4 +63,5 @@ def test_table():
     """Catches a mean over items where it should be over languages, and a column under the wrong model."""
     row = lambda model, lang, accuracy: {"model": model, "task": "XNLI", "lang": lang, "items": 4, "accuracy": accuracy}
     lines = table([row("a", "en", 0.5), row("a", "sw", 0.25), row("b", "en", 1.0), row("b", "sw", 0.0)], ["a", "b"]).splitlines()
-    assert lines[2:] == ["| XNLI | en | 4 | 50.0 | 100.0 |", "| XNLI | sw | 4 | 25.0 | 0.0 |", "| XNLI | mean | | 37.5 | 50.0 |"]
+    assert lines[2:] == ["| XNLI | en | 4 | 50.0 | 100.0 |", "| XNLI | sw | 4 | 25.0 | 0.0 |", "| XNLI | mean | | 37.5 | 50.0 |",
+                         "| XNLI | mean without en | | 25.0 | 0.0 |"]

@@ -1,4 +1,6 @@
 """The decoder and its checkpoint folder."""
+import contextlib
+import math
 import json
 
 import pytest
@@ -171,3 +173,31 @@ def test_config_spellings(tmp_path):
     five = read(rope_theta="absent", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     assert five.rope_theta == 5e5 and five.rope_scaling is None
     assert read(rope_scaling={"type": "linear", "factor": 2}).rope_scaling == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_a_process_reads_only_its_rows(checkpoint, monkeypatch):
+    """Catches a sharded load that reads whole tensors first, and rows taken from the wrong place."""
+    import model
+    whole = load_model(checkpoint(), torch.float32)
+    opened = model.open_tensors
+
+    class Rows:
+        def __init__(self, file):
+            self.keys, self.get_slice = file.keys, file.get_slice
+
+    @contextlib.contextmanager
+    def rows_only(path):
+        with opened(path) as file:
+            yield Rows(file)
+    monkeypatch.setattr(model, "open_tensors", rows_only)
+    for world in (2, 4):
+        for rank in range(world):
+            part = model.empty_model(checkpoint())
+            expected = {name: p.detach().chunk(world)[rank] for name, p in whole.named_parameters()}
+            found = {id(p): torch.empty_like(expected[name]) for name, p in part.named_parameters()}
+
+            def local(p):
+                size = math.ceil(len(p) / world)
+                return found[id(p)], slice(rank * size, rank * size + len(found[id(p)]))
+            model.fill(part, checkpoint(), torch.float32, local=local)
+            assert all(torch.equal(found[id(p)], expected[name]) for name, p in part.named_parameters())

@@ -1,0 +1,96 @@
+"""Kill a run of two processes with SIGKILL, many times, resume it each time, and compare what it ends with to an uninterrupted run's.
+
+    python tests/kill_and_resume.py [--kills 20] [--seed 0]
+
+The embedded default with a checkpoint every third step. Half of the kills come at a random moment, half as soon as a checkpoint is being written. After
+each, OUT must not load as a model. Ends with exit code 1 unless weights, Decision Maker and matrix have the same bits.
+"""
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from model import UserError, load_model
+from test_resume import losses, same
+
+
+def start(out, *flags):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--out", str(out), "--save_every", "3", *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def processes(out):
+    """Of the run that writes to this folder: torchrun's and both workers'."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(out).encode() in path.read_bytes().split(b"\0"):
+                yield int(path.parent.name)
+        except OSError:
+            pass  # gone meanwhile
+
+
+def steps(out):
+    log = out / "train_log.jsonl"
+    return log.read_text().count("loss") if log.exists() else 0
+
+
+def kill(run, out, rng):
+    """Wait for progress, then for a random moment or for a checkpoint in the making; kill all. What was being done."""
+    goal = steps(out) + rng.randint(1, 8)
+    while steps(out) < goal and run.poll() is None:
+        time.sleep(0.005)
+    if rng.random() < 0.5:
+        while not list((out / "checkpoints").glob("*.tmp")) and run.poll() is None:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+    else:
+        time.sleep(rng.uniform(0, 0.5))
+    if run.poll() is not None:
+        return None
+    for pid in list(processes(out)):
+        os.kill(pid, signal.SIGKILL)
+    run.communicate()
+    return "writing a checkpoint" if list((out / "checkpoints").glob("*.tmp")) else "computing"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, moments = random.Random(args.seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        print(start(whole).communicate()[0].splitlines()[-2], flush=True)
+        flags = []
+        while len(moments) < args.kills:
+            run = start(killed, *flags)
+            moment = kill(run, killed, rng)
+            if moment is None:
+                sys.exit(f"the run ended after {len(moments)} kills:\n{run.communicate()[0][-2000:]}")
+            try:
+                load_model(killed)
+                sys.exit("what a kill left loads as a model")
+            except UserError:
+                moments.append(moment)
+            print(f"kill {len(moments):>2} at step {steps(killed):>3}, {moment}", flush=True)
+            flags = ["--resume"]
+        output = start(killed, *flags).communicate()[0]
+        print(next(line for line in output.splitlines() if "resumed" in line))
+        equal = same(whole, killed) and (losses(whole) == losses(killed)).all()
+        print(f"{len(moments)} kills, {moments.count('writing a checkpoint')} while a checkpoint was written: weights, Decision Maker, matrix and losses of all "
+              f"{len(losses(whole))} steps are {'the same bits' if equal else 'NOT the same'}")
+    sys.exit(not equal)
+
+
+if __name__ == "__main__":
+    main()
