@@ -4,20 +4,30 @@
     python eval.py --model DIR [DIR ...] --data BENCHMARKS [--tasks XNLI,MMMLU] [--langs sw,hi] [--limit 50]
     torchrun --nproc_per_node 8 eval.py ...                           # the same answers, the prompts spread over 8 processes
 
-XNLI, XStoryCloze and MMMLU are scored by the option that an answer names, other tasks by exact match with a gold answer.
+XNLI, XStoryCloze and MMMLU are scored by the option that an answer names (accuracy), XLSum by ROUGE-L, XQuAD and MKQA by whether the answer contains a gold
+one, with exact match and token F1 beside it, other tasks by exact match. Scores are in per cent, with 95 % bootstrap intervals; means weigh languages
+alike, and the overall mean tasks alike. Each further column is compared with the first on the same items (paired sign-flip permutation test).
+
+    --connection matrix english none     each of the three, side by side (a model without a matrix has the last alone)
+    --plot DIR                           scores.png and layers.png, with matplotlib
+
 BENCHMARKS has the layout of the paper's repository: TASK/split or split_sample/LANG.json with the prompts and TASK/ans or
 ans_sample/LANG.json with the gold answers, a JSON value per line. The English version of a prompt is the same line of the task's en.json, or of
 split_en/LANG.json (split_sample_en/LANG.json) where the task has that folder.
 """
 import argparse
+import importlib.util
 import json
 import math
 import os
 import re
+import string
 import sys
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -26,6 +36,9 @@ from infer import DATA, DEFAULT_MODEL, Engine, add_engine_options, default_model
 from model import Config, Tokenizer, UserError, at_least, check_folder, instruction, read_json_lines, run_script, weight_files, write_text
 
 OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # the answers to choose from; other tasks are answered freely
+METRICS = {**dict.fromkeys(OPTIONS, ("accuracy",)), "XLSum": ("rouge_l",), **dict.fromkeys(("XQuAD", "MKQA"), ("contained", "exact", "f1"))}
+DEFAULT_METRICS = ("exact", "contained", "f1")  # the first is the task's score
+RESAMPLES, PERMUTATIONS = 1000, 10000
 
 
 def parse_args(argv=None):
@@ -37,7 +50,8 @@ def parse_args(argv=None):
     add("--langs", metavar="CODE,...", help="languages (default: all that a task has)")
     add("--limit", type=at_least(1), metavar="N", help="only the first N items of each language")
     add("--out", default="out/eval", metavar="DIR", help="folder for results.json, results.md and the answers (default %(default)s)")
-    add_engine_options(parser)
+    add("--plot", metavar="DIR", help="folder for figures (needs matplotlib)")
+    add_engine_options(parser, connections="+")
     parser.set_defaults(max_new_tokens=32)
     return parser.parse_args(argv)
 
@@ -106,16 +120,146 @@ def shorten(text, tokenizer, room):
     return text[:low] + text[len(text) - low:]
 
 
-def choice(answer, options):
-    """The option that an answer names first, standing by itself, or None."""
-    apart = r"\d" if options[0].isdigit() else r"[^\W\d_]"
-    found = re.search(f"(?<!{apart})[{options}](?!{apart})", answer)
-    return found and found.group()
+# ---------------------------------------------------------------------------------------------------------------------- scoring
+
+ARTICLES = {  # as in the scorers of SQuAD and MLQA (arXiv 1910.07475)
+    "en": "a an the", "es": "un una unos unas el la los las", "vi": "của là cái chiếc những",
+    "de": "ein eine einen einem eines einer der die das den dem des",
+    "fr": "le la l les du de d des un une", "pt": "o a os as um uma uns umas", "eu": "", "el": "ο η το οι τα του της των τον την ένας μια ένα",
+}
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Thai to Han
+SET_OFF = r"[\s(\[{<\"'*_`«“‘„「『（【]*([%s])[\s\"'*_`»”’」』]*(?:[.):,\]}>।。、：】](?!\d)|$)"  # "1", "(B)", "2. because", with %s the options
 
 
-def plain(text):
-    """A text for comparison: compatibility forms, case and spacing evened out."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+def segment(text):
+    """Words where words are spaced; single characters of scripts that are written without spaces."""
+    return re.findall(f"[{UNSPACED}]|[^\\s{UNSPACED}]+", text)
+
+
+def answer_tokens(text, lang):
+    """A short answer as SQuAD and MLQA compare it: lower case, no punctuation, none of the language's articles, segmented."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = "".join(c for c in text if not (unicodedata.category(c).startswith("P") or c in string.punctuation))
+    if lang == "ar":
+        text = re.sub(r"\bال", "", text)
+    return [token for token in segment(text) if token not in ARTICLES.get(lang, "").split()]
+
+
+def open_scores(answer, golds, lang):
+    """{metric: the best that any of the gold answers gives}: contained, exact match and token F1, each 0 to 1."""
+    found, best = answer_tokens(answer, lang), {"contained": 0.0, "exact": 0.0, "f1": 0.0}
+    for gold in golds:
+        gold = answer_tokens(gold, lang)
+        common = sum((Counter(found) & Counter(gold)).values())
+        held = bool(gold) and any(found[i:i + len(gold)] == gold for i in range(len(found) - len(gold) + 1))
+        scores = held, found == gold, 2 * common / (len(found) + len(gold)) if common else float(found == gold)
+        best = {metric: max(best[metric], float(value)) for metric, value in zip(best, scores)}
+    return best
+
+
+def summary_tokens(text):
+    """Lower-case words, or characters of unspaced scripts; marks belong to their letters, all else separates."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    return segment("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text))
+
+
+def rouge_l(answer, gold):
+    """F1 of the longest common subsequence (ROUGE-L, Lin 2004)."""
+    a, b = summary_tokens(answer), summary_tokens(gold)
+    lengths = [0] * (len(b) + 1)
+    for x in a:
+        row = [0]
+        for j, y in enumerate(b):
+            row.append(lengths[j] + 1 if x == y else max(row[j], lengths[j + 1]))
+        lengths = row
+    return 2 * lengths[-1] / (len(a) + len(b)) if lengths[-1] else 0.0
+
+
+def option_texts(prompt, options):
+    """{option: its text} of the lines "(1) text" of a prompt; the last of each, should the question have such lines too."""
+    return {option: text.strip() for option, text in re.findall(rf"^\(([{options}])\)[ \t]*(.+)$", prompt, re.M)}
+
+
+def choice(answer, options, texts={}):
+    """The option that an answer names, or None where it names none or more than one.
+
+    In turn: an option at the start that is set off ("1", "(B)", "2. because"), then the only one that stands by itself, then the only
+    one whose text the answer repeats. Digits of every script and full-width letters count as their ASCII forms.
+    """
+    answer = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in unicodedata.normalize("NFKC", answer)).strip()
+    letters = not options[0].isdigit()
+    given = options + options.lower() if letters else options
+    alone = rf"(?<![\dA-Za-z.,])[{given}](?![\dA-Za-z]|[.,]\d)"  # no part of a number or a Latin word
+    bracketed = {found.upper() for found in re.findall(rf"(?<![\dA-Za-z])([{given}])\)", answer)}
+    pairs = re.findall(rf"({alone})\W+(?:[^\W\d_]+\W+)?({alone})", answer)
+    if len(bracketed) > 1 or any(a.upper() != b.upper() for a, b in pairs):  # "(1) (2)", "1 or 2"
+        return None
+    if match := re.match(SET_OFF % given, answer):
+        return match.group(1).upper()
+    named = bracketed or set(re.findall(alone.replace(given, options), answer))
+    if letters and "A" not in bracketed and not re.search(r"\bA\W*$|:\s*A\b", answer):
+        named -= {"A"}  # a word as often as an option
+    if named:
+        return named.pop() if len(named) == 1 else None
+    words = " ".join(summary_tokens(answer))
+    repeated = [option for option, text in texts.items() if (t := " ".join(summary_tokens(text))) and f" {t} " in f" {words} "]
+    longest = [o for o in repeated if not any(o != other and texts[o] in texts[other] for other in repeated)]
+    return longest[0] if len(longest) == 1 else None
+
+
+def score_item(task, lang, prompt, answer, golds):
+    """({metric: 0 to 1} of an answer, the option it names: None where it names none, or the task has no options)."""
+    if task in OPTIONS:
+        named = choice(answer, OPTIONS[task], option_texts(prompt, OPTIONS[task]))
+        return {"accuracy": float(named in golds)}, named
+    if task == "XLSum":
+        return {"rouge_l": max(rouge_l(answer, gold) for gold in golds)}, None
+    scores = open_scores(answer, golds, lang)
+    return {metric: scores[metric] for metric in METRICS.get(task, DEFAULT_METRICS)}, None
+
+
+# ------------------------------------------------------------------------------------------------------------------- statistics
+
+class Cell:
+    """The score of a column on a task in a language, with what its uncertainty takes; Cell.mean averages cells."""
+
+    def __init__(self, values, first, number):
+        """values: the items' scores; first: those of the first column; number: seeds the draws, each task and language its own."""
+        values, differences = np.array(values), np.array(values) - np.array(first)
+        rng = np.random.default_rng(number)
+        self.score, self.difference = values.mean(), differences.mean()
+        self.resampled = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)  # bootstrap over items
+        self.flipped = (rng.choice((-1, 1), size=(PERMUTATIONS, len(values))) * differences).mean(1)  # as if the columns were alike
+
+    @classmethod
+    def mean(cls, cells):
+        mean = cls.__new__(cls)
+        for name in ("score", "difference", "resampled", "flipped"):
+            setattr(mean, name, np.mean([getattr(cell, name) for cell in cells], axis=0))
+        return mean
+
+    def summary(self):
+        """Score, 95 % interval, difference to the first column and its two-sided p-value."""
+        low, high = np.percentile(self.resampled, (2.5, 97.5))
+        p = (1 + (abs(self.flipped) >= abs(self.difference) - 1e-12).sum()) / (1 + PERMUTATIONS)
+        return {"score": float(self.score), "interval": [float(low), float(high)], "difference": float(self.difference), "p": float(p)}
+
+
+def averages(cells):
+    """[(task, language, summary of each column)] from cells {(task, lang): a Cell per column}: by language, task and overall."""
+    rows, by_task, overall = [], {}, []
+    for (task, lang), columns in cells.items():
+        by_task.setdefault(task, {})[lang] = columns
+    for task, langs in by_task.items():
+        rows += [(task, lang, [cell.summary() for cell in columns]) for lang, columns in langs.items()]
+        for name, group in {"mean": list(langs), "mean without en": [lang for lang in langs if lang != "en"]}.items():
+            if group and (name == "mean" or len(group) < len(langs)):
+                columns = [Cell.mean(column) for column in zip(*(langs[lang] for lang in group))]
+                rows.append((task, name, [cell.summary() for cell in columns]))
+                overall += [columns] if name == "mean" else []
+    if len(overall) > 1:
+        rows.append(("all", "mean", [Cell.mean(column).summary() for column in zip(*overall)]))
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------------------- main
@@ -145,34 +289,59 @@ def answer(engine, args, prompts, rank, world, what):
 
 
 def score(engine, task, lang, items, answers):
-    """The scored answers to a task in one language, and its row of results.json."""
+    """The scored answers to a task in one language."""
     rows = []
     for (own, _, gold, _), answer in zip(items, answers):
         text = engine.tokenizer.decode(answer.ids)
-        found = choice(text, OPTIONS[task]) if task in OPTIONS else plain(text)
-        correct = found in (gold if task in OPTIONS else map(plain, gold))
-        rows.append({"instruction": own, "answer": text, "choice": found, "gold": gold, "correct": correct, "layer": answer.layer})
-    correct = sum(row["correct"] for row in rows)
-    return rows, {"task": task, "lang": lang, "connection": engine.connection, "items": len(rows), "correct": correct,
-            "accuracy": correct / len(rows), "unparsed": sum(row["choice"] is None for row in rows)}
+        scores, named = score_item(task, lang, own, text, gold)
+        rows.append({"instruction": own, "answer": text, "choice": named, "gold": gold, "scores": scores, "layer": answer.layer})
+    return rows
 
 
-def table(results, models):
-    """Markdown: accuracy in per cent, a row per task and language, a column per model, means below each task: of all languages, and of all but English."""
-    lines = ["| task | language | items | " + " | ".join(models) + " |", "|---|---|---|" + "---|" * len(models)]
-    for task in dict.fromkeys(r["task"] for r in results):
-        rows = [r for r in results if r["task"] == task]
-        langs = list(dict.fromkeys(r["lang"] for r in rows))
-        cell = {(r["lang"], r["model"]): r for r in rows}
-        for lang in langs:
-            scores = " | ".join(f"{100 * cell[lang, m]['accuracy']:.1f}" for m in models)
-            lines.append(f"| {task} | {lang} | {cell[lang, models[0]]['items']} | {scores} |")
-        others = [lang for lang in langs if lang != "en"]
-        for name, group in {"mean": langs, "mean without en": others}.items():
-            if group and (name == "mean" or others != langs):
-                means = (sum(cell[lang, m]["accuracy"] for lang in group) / len(group) for m in models)
-                lines.append(f"| {task} | {name} | | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
+def table(rows, columns):
+    """Markdown: scores in per cent with their intervals, a row per task and language, a column per model and connection; then the comparisons."""
+    lines = ["| task | language | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for task, lang, cells in rows:
+        shown = ("{:.1f} ({:.1f}-{:.1f})".format(*(100 * x for x in (cell["score"], *cell["interval"]))) for cell in cells)
+        lines.append(f"| {task} | {lang} | " + " | ".join(shown) + " |")
+    if len(columns) > 1:
+        lines += ["", f"| task | language | against {columns[0]} | difference | p |", "|---|---|---|---|---|"]
+        lines += [f"| {task} | {lang} | {column} | {100 * cell['difference']:+.1f} | {cell['p']:.4f} |"
+                  for task, lang, cells in rows if lang.startswith("mean") for column, cell in list(zip(columns, cells))[1:]]
     return "\n".join(lines)
+
+
+def plot(folder, rows, columns, layers):
+    """scores.png: score per language of each column, with intervals; layers.png: share of each chosen layer per language."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tasks = [task for task in dict.fromkeys(task for task, _, _ in rows) if task != "all"]
+    figure, panels = plt.subplots(len(tasks), figsize=(9, 2.6 * len(tasks)), squeeze=False, constrained_layout=True)
+    for task, axes in zip(tasks, panels[:, 0]):
+        shown, width = [(lang, cells) for t, lang, cells in rows if t == task and not lang.startswith("mean")], 0.8 / len(columns)
+        for i, column in enumerate(columns):
+            scores = np.array([[cells[i]["score"], *cells[i]["interval"]] for _, cells in shown]) * 100  # (languages, 3)
+            axes.bar(np.arange(len(shown)) + width * i, scores[:, 0], width, label=column, error_kw={"linewidth": 0.8},
+                     yerr=np.abs(scores[:, 1:] - scores[:, :1]).T)
+        axes.set_xticks(np.arange(len(shown)) + 0.4 - width / 2, [lang for lang, _ in shown])
+        axes.set_title(task, fontsize=9)
+        axes.set_ylabel("%")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(fontsize=7, frameon=False)
+    figure.savefig(Path(folder) / "scores.png", dpi=130)
+    if layers:
+        figure, panels = plt.subplots(len(layers), figsize=(9, 2.6 * len(layers)), squeeze=False, constrained_layout=True)
+        for (column, chosen), axes in zip(layers.items(), panels[:, 0]):
+            count = 1 + max(max(found) for found in chosen.values())
+            shares = np.array([np.bincount(found, minlength=count) / len(found) for found in chosen.values()])  # (languages, layers)
+            image = axes.imshow(shares.T, aspect="auto", origin="lower", vmin=0, vmax=1)
+            axes.set_xticks(range(len(chosen)), list(chosen), fontsize=7, rotation=30)
+            axes.set_ylabel("layer")
+            axes.set_title(f"share of each chosen layer, {column}", fontsize=9)
+            figure.colorbar(image, ax=axes)
+        figure.savefig(Path(folder) / "layers.png", dpi=130)
 
 
 def main():
@@ -188,36 +357,56 @@ def main():
     for model in args.model:  # what can be told without loading the weights, before any work is done
         Tokenizer(model, Config.read(model), args.template)
         weight_files(model)
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise UserError("--plot: needs the matplotlib package; pip install matplotlib")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
         dist.init_process_group("gloo")  # for answers alone: each process has the whole model
-    results = []
+    columns, answered, results = [], [], []  # answered: {(task, lang): scored answers} of each column
     for model in args.model:
-        engine = Engine(model, args)
-        encoded = [encode(engine, args, lang, items) for _, lang, items in todo]
+        engine = Engine(model, args, "none")
+        asked = args.connection or [engine.default_connection()]
+        for connection in [c for c in asked if engine.can_connect(c)] or [engine.default_connection()]:
+            engine.connect(connection)
+            columns.append(", ".join([model] * (len(args.model) > 1) + [connection] * (len(asked) > 1)) or model)
+            folder = out / "answers" / re.sub(r"[^\w.-]+", "_", model.strip("/") + f" {connection}" * (len(asked) > 1))
+            encoded = [encode(engine, args, lang, items) for _, lang, items in todo]
+            answered.append({})
+            for (task, lang, items), (prompts, shortened) in zip(todo, encoded):
+                rows = score(engine, task, lang, items, answer(engine, args, prompts, rank, world, f"{task} {lang}"))
+                answered[-1][task, lang] = rows
+                scores = {metric: sum(row["scores"][metric] for row in rows) / len(rows) for metric in rows[0]["scores"]}
+                unparsed = sum(row["choice"] is None for row in rows) if task in OPTIONS else 0
+                results.append({"column": columns[-1], "model": model, "connection": connection, "task": task, "lang": lang, "items": len(rows),
+                                "scores": scores, "unparsed": unparsed, "shortened": shortened})
+                if rank == 0:
+                    write_lines(folder / task / f"{lang}.jsonl", rows)
+            for what, meaning in (("unparsed", "answers named no option, or several, and count as wrong"), ("shortened", "prompts were shortened to fit")):
+                count = sum(r[what] for r in results if r["column"] == columns[-1])
+                if count:
+                    say(f"{columns[-1]}: {count} {meaning}")
         for notice in engine.notices:
             say(notice, file=sys.stderr)
-        folder = out / "answers" / re.sub(r"[^\w.-]+", "_", model.strip("/"))
-        for (task, lang, items), (prompts, shortened) in zip(todo, encoded):
-            rows, result = score(engine, task, lang, items, answer(engine, args, prompts, rank, world, f"{task} {lang}"))
-            results.append({"model": model, **result, "shortened": shortened})
-            if rank == 0:
-                write_lines(folder / task / f"{lang}.jsonl", rows)
-        for what, meaning in (("unparsed", "answers named no option and count as wrong"), ("shortened", "prompts were shortened to fit")):
-            count = sum(r[what] for r in results if r["model"] == model)
-            if count:
-                say(f"{model}: {count} {meaning}")
         del engine  # before the next model is loaded
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank > 0:
         return
-    markdown = table(results, args.model)
-    for file, text in (("results.json", json.dumps({"arguments": vars(args), "results": results}, indent=1)), ("results.md", markdown + "\n")):
-        write_text(out / file, text)
-    print(f"accuracy, per cent\n\n{markdown}\n\nresults and answers are in {out}")
+    cells = {}
+    for number, (task, lang, _) in enumerate(todo):
+        values = [[row["scores"][METRICS.get(task, DEFAULT_METRICS)[0]] for row in found[task, lang]] for found in answered]
+        cells[task, lang] = [Cell(column, values[0], number) for column in values]
+    rows = averages(cells)
+    markdown = table(rows, columns)
+    summaries = [{"task": task, "lang": lang, "column": column, **cell} for task, lang, found in rows for column, cell in zip(columns, found)]
+    write_text(out / "results.json", json.dumps({"arguments": vars(args), "results": results, "summaries": summaries}, indent=1))
+    write_text(out / "results.md", markdown + "\n")
+    if args.plot:
+        layers = [{f"{task} {lang}": [row["layer"] for row in rows_] for (task, lang), rows_ in found.items()} for found in answered]
+        plot(args.plot, rows, columns, {column: chosen for column, chosen in zip(columns, layers) if None not in next(iter(chosen.values()))})
+    print(f"scores in per cent (95 % intervals)\n\n{markdown}\n\nresults and answers are in {out}")
 
 
 if __name__ == "__main__":

@@ -53,10 +53,10 @@ def default_model():
     return folder
 
 
-def add_engine_options(parser):
-    """What infer.py and eval.py have in common."""
+def add_engine_options(parser, connections=None):
+    """What infer.py and eval.py have in common. connections: "+" where several may be given."""
     add = parser.add_argument
-    add("--connection", choices=("matrix", "english", "none"), help="matrix: from the prompt itself, through the Transform Matrix; english: "
+    add("--connection", nargs=connections, choices=("matrix", "english", "none"), help="matrix: from the prompt itself, through the Transform Matrix; english: "
         "from its instruction_en, the bound of what a matrix can give; none: the plain model (default: matrix where there is one)")
     add("--matrix", choices=("shared", "per_language"), default="shared", help="one matrix for all, as in the paper, or the language's own "
         "(default %(default)s)")
@@ -109,8 +109,8 @@ class Answer:
 class Engine:
     """A loaded checkpoint and how it is to be connected."""
 
-    def __init__(self, folder, args, single=False):
-        """single: it will answer one prompt at a time."""
+    def __init__(self, folder, args, connection=None, single=False):
+        """connection: "matrix", "english" or "none"; None: the best it has.  single: it will answer one prompt at a time."""
         config = Config.read(folder)
         self.tokenizer = Tokenizer(folder, config, args.template)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,19 +118,29 @@ class Engine:
         float32 = self.cc.lm.model.embed_tokens.weight.dtype == torch.float32
         if device == "cpu" and torch.backends.mkldnn.is_available() and not (single and float32):
             pack(self.cc.lm)
-        self.config, self.folder, self.matrix, self.connection = config, folder, args.matrix, args.connection
+        self.config, self.folder, self.matrix = config, folder, args.matrix
         self.notices = [self.tokenizer.notice] if self.tokenizer.notice else []  # what the user should know, but is no error
-        if self.connection is None:
-            self.connection = "matrix" if self.cc.matrices else "none"
-            if not self.cc.matrices:
-                lacks = "no Transform Matrix (train.py --epochs 0 fits one)" if self.cc.trained else "no cctuning.safetensors"
-                self.notices.append(f"{folder}: {lacks}, answering as a plain model")
-        if self.connection == "english" and not self.cc.trained:
-            raise UserError(f"{folder}: has no Decision Maker to connect with; train it with train.py, or use --connection none")
-        if self.connection == "matrix" and not self.cc.matrices:
-            raise UserError(f"{folder}: has no Transform Matrix; fit one with train.py --epochs 0, or use --connection none")
-        if self.connection == "matrix" and self.matrix == "per_language" and len(self.cc.matrices) == 1:
-            raise UserError(f"{folder}: has no matrix of any language; fit them with train.py --epochs 0 --per_language, or use --matrix shared")
+        self.connect(connection or self.default_connection())
+
+    def can_connect(self, connection):
+        return connection == "none" or (self.cc.trained if connection == "english" else bool(self.cc.matrices))
+
+    def default_connection(self):
+        """By the matrix where there is one."""
+        if not self.cc.matrices:
+            lacks = "no Transform Matrix (train.py --epochs 0 fits one)" if self.cc.trained else "no cctuning.safetensors"
+            self.notices.append(f"{self.folder}: {lacks}, answering as a plain model")
+        return "matrix" if self.cc.matrices else "none"
+
+    def connect(self, connection):
+        """Answer by this connection from now on."""
+        if not self.can_connect(connection):
+            raise UserError(f"{self.folder}: has no Decision Maker to connect with; train it with train.py, or use --connection none"
+                            if connection == "english" else
+                            f"{self.folder}: has no Transform Matrix; fit one with train.py --epochs 0, or use --connection none")
+        if connection == "matrix" and self.matrix == "per_language" and len(self.cc.matrices) == 1:
+            raise UserError(f"{self.folder}: has no matrix of any language; fit them with train.py --epochs 0 --per_language, or use --matrix shared")
+        self.connection = connection
 
     def prompt(self, own, english=None, lang=None, number=0, where="prompt"):
         """Encode a prompt, refusing what cannot be answered: where is its file:line."""
@@ -270,7 +280,7 @@ def main():
     known = {*LANGUAGES, *Config.read(args.model).languages, *(lang for _, _, lang, _ in texts if lang)}
     if args.lang and args.lang not in known:
         raise UserError(f"--lang: unknown language {args.lang!r}; known are {' '.join(sorted(known))}")
-    engine = Engine(args.model, args, single=min(len(texts), args.batch_size) == 1)
+    engine = Engine(args.model, args, args.connection, single=min(len(texts), args.batch_size) == 1)
     prompts = [engine.prompt(own, english, lang or args.lang, number, where) for number, (own, english, lang, where) in enumerate(texts)]
     for notice in engine.notices:
         print(notice, file=sys.stderr)

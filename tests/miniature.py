@@ -42,7 +42,7 @@ def one_run(method, seed, args):
         if not (scores / "results.json").exists():
             run("eval.py", "--model", model, "--data", ROOT / "data" / args.part, "--connection", connection, "--batch_size", 64, "--out", scores,
                 *shlex.split(args.answer))
-        found[connection] = {r["lang"]: 100 * r["accuracy"] for r in json.loads((scores / "results.json").read_text())["results"]}
+        found[connection] = {r["lang"]: 100 * r["scores"]["exact"] for r in json.loads((scores / "results.json").read_text())["results"]}
     return found
 
 

@@ -32,7 +32,7 @@ def test_answers_as_transformers(capsys):
         by_language.setdefault(record["lang"], []).append(record["instruction"])
     chosen = [text for lang in sorted(by_language)[:5] for text in by_language[lang][:4]]
     assert len(chosen) == 20
-    engine = Engine(MODEL, SimpleNamespace(template=None, dtype="float32", connection="none", matrix="shared"))
+    engine = Engine(MODEL, SimpleNamespace(template=None, dtype="float32", matrix="shared"), "none")
     prompts = [engine.prompt(text) for text in chosen]
     ours = [a.ids for a in engine.answer_all(prompts, 20, 32)]
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, torch_dtype=torch.float32)

@@ -28,7 +28,8 @@ def tuned(tmp_path_factory):
 
 
 def engine(folder, **changes):
-    return Engine(folder, types.SimpleNamespace(**{**ARGS, **changes}))
+    args = types.SimpleNamespace(**{**ARGS, **changes})
+    return Engine(folder, args, args.connection)
 
 
 @pytest.mark.parametrize("options", [(12,), (12, 1.0, 0.9, 5)], ids=["greedy", "sampled"])
