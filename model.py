@@ -231,7 +231,8 @@ class Config:
         cctuning = raw.get("cctuning", {})
         languages = cctuning.get("languages", []) if isinstance(cctuning, dict) else None
         if (not isinstance(tied, bool) or not all(isinstance(i, int) for i in eos) or not isinstance(languages, list)
-                or not all(isinstance(lang, str) for lang in languages)):
+                or not all(isinstance(lang, str) for lang in languages)
+                or cctuning.get("layer", "random") not in ("decision_maker", "random", *range(number(raw, "num_hidden_layers")))):
             raise UserError(f"{path}: tie_word_embeddings, eos_token_id or cctuning is of the wrong type; restore the file")
 
         hidden, heads = number(raw, "hidden_size"), number(raw, "num_attention_heads")

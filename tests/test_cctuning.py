@@ -133,3 +133,22 @@ def test_decision_maker_starts_from_the_seed(checkpoint):
     """Catches a start that is not reproducible, or of another spread than the config's initializer_range."""
     weights = [load_cctuning(checkpoint(hidden_size=480, num_attention_heads=4), seed=s).decision_maker.weight for s in (1, 1, 2)]
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2]) and abs(weights[0].std() - 0.02) < 0.002
+
+
+@torch.no_grad()
+def test_layer_ablations(checkpoint):
+    """Catches a fixed layer that the Decision Maker overrules, one layer drawn for a whole batch, and draws at inference that depend on the padding."""
+    cc = load_cctuning(checkpoint(), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    activations, ids = torch.randn(4, 40, 48, generator=generator), torch.randint(3, 400, (40, 9), generator=generator)
+    position, noise = torch.full((40,), 6), gumbel_noise(0, 0, range(40), 4)
+    cc.layer = 2
+    vector, logits = cc.select(activations, ids, position, noise)
+    assert torch.equal(vector, activations[2]) and torch.equal(logits.softmax(-1)[:, 2], torch.ones(40))
+    cc.layer = "random"
+    for given in (noise, None):
+        vector, logits = cc.select(activations, ids, position, given)
+        chosen = logits.argmax(-1)
+        assert torch.equal(vector, activations[chosen, torch.arange(40)]) and (chosen.bincount(minlength=4) > 3).all()
+    padded = torch.cat((ids, torch.zeros(40, 5, dtype=ids.dtype)), dim=1)
+    assert torch.equal(cc.select(activations, padded, position)[1], logits)

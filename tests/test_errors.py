@@ -88,6 +88,8 @@ CASES = {
     "an EOS that is a list of lists": (write("generation_config.json", '{"eos_token_id": [[2]]}'), INFER, "generation_config.json: eos_token_id"),
     "a tied head that is a text": (lambda p: p.config(tie_word_embeddings="false"), INFER, "tie_word_embeddings"),
     "a saved template that is none": (lambda p: p.config(cctuning={"template": ["a"]}), INFER, "template"),
+    "a layer that there is none of": (lambda p: p.config(cctuning={"layer": 4}), INFER, "cctuning"),
+    "--layer beyond the model": (nothing, (*TRAIN, "--layer=4"), "--layer"),
     "languages that are no list": (lambda p: p.config(cctuning={"languages": 5}), INFER, "cctuning"),
     "added tokens of another shape": (write("tokenizer_config.json", '{"added_tokens_decoder": ["a"]}'), INFER, "tokenizer.model"),
     "an added token beyond the embedding": (write("tokenizer_config.json", '{"added_tokens_decoder": {"600": {"content": "<x>", "special": true}}}'), INFER, "601 tokens"),
