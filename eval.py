@@ -131,6 +131,12 @@ UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4
 SET_OFF = r"[\s(\[{<\"'*_`«“‘„「『（【]*([%s])[\s\"'*_`»”’」』]*(?:[.):,\]}>।。、：】](?!\d)|$)"  # "1", "(B)", "2. because", with %s the options
 
 
+def even(text):
+    """Compatibility forms, ASCII digits for those of every script, no invisible characters."""
+    text = unicodedata.normalize("NFKC", text)
+    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text if unicodedata.category(c) != "Cf")
+
+
 def segment(text):
     """Words where words are spaced; single characters of scripts that are written without spaces."""
     return re.findall(f"[{UNSPACED}]|[^\\s{UNSPACED}]+", text)
@@ -138,7 +144,12 @@ def segment(text):
 
 def answer_tokens(text, lang):
     """A short answer as SQuAD and MLQA compare it: lower case, no punctuation, none of the language's articles, segmented."""
-    text = unicodedata.normalize("NFKC", text).lower()
+    text = even(text)
+    if lang == "tr":
+        text = text.replace("İ", "i").replace("I", "ı")
+    text = text.lower()
+    if lang == "fr":
+        text = re.sub(r"\b([ld])['’]", "", text)
     text = "".join(c for c in text if not (unicodedata.category(c).startswith("P") or c in string.punctuation))
     if lang == "ar":
         text = re.sub(r"\bال", "", text)
@@ -149,7 +160,7 @@ def open_scores(answer, golds, lang):
     """{metric: the best that any of the gold answers gives}: contained, exact match and token F1, each 0 to 1."""
     found, best = answer_tokens(answer, lang), {"contained": 0.0, "exact": 0.0, "f1": 0.0}
     for gold in golds:
-        gold = answer_tokens(gold, lang)
+        gold = answer_tokens(re.sub(r"^(\d+)\.0$", r"\1", gold), lang)  # MKQA writes whole numbers so
         common = sum((Counter(found) & Counter(gold)).values())
         held = bool(gold) and any(found[i:i + len(gold)] == gold for i in range(len(found) - len(gold) + 1))
         scores = held, found == gold, 2 * common / (len(found) + len(gold)) if common else float(found == gold)
@@ -159,7 +170,7 @@ def open_scores(answer, golds, lang):
 
 def summary_tokens(text):
     """Lower-case words, or characters of unspaced scripts; marks belong to their letters, all else separates."""
-    text = unicodedata.normalize("NFKC", text).lower()
+    text = even(text).lower()
     return segment("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text))
 
 
@@ -183,11 +194,15 @@ def option_texts(prompt, options):
 def choice(answer, options, texts={}):
     """The option that an answer names, or None where it names none or more than one.
 
-    In turn: an option at the start that is set off ("1", "(B)", "2. because"), then the only one that stands by itself, then the only
-    one whose text the answer repeats. Digits of every script and full-width letters count as their ASCII forms.
+    In turn: the option whose text the whole answer is; an option at the start that is set off ("1", "(B)", "2. because"), unless another's text
+    follows it; the only one that stands by itself; the only one whose text the answer repeats. Digits of every script and full-width letters
+    count as their ASCII forms.
     """
-    answer = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in unicodedata.normalize("NFKC", answer)).strip()
-    letters = not options[0].isdigit()
+    bare = lambda text: even(text).strip(" \n.।。۔").casefold()
+    whole = [option for option, text in texts.items() if bare(text) == bare(answer)]
+    if len(whole) == 1 and bare(answer) not in options.casefold():
+        return whole[0]
+    answer, letters = even(answer).strip(), not options[0].isdigit()
     given = options + options.lower() if letters else options
     alone = rf"(?<![\dA-Za-z.,])[{given}](?![\dA-Za-z]|[.,]\d)"  # no part of a number or a Latin word
     bracketed = {found.upper() for found in re.findall(rf"(?<![\dA-Za-z])([{given}])\)", answer)}
@@ -195,10 +210,13 @@ def choice(answer, options, texts={}):
     if len(bracketed) > 1 or any(a.upper() != b.upper() for a, b in pairs):  # "(1) (2)", "1 or 2"
         return None
     if match := re.match(SET_OFF % given, answer):
-        return match.group(1).upper()
+        rest = summary_tokens(answer[match.end():].strip().split("\n")[0])
+        follows = max((option for option, text in texts.items() if (t := summary_tokens(text)) and rest[:len(t)] == t),
+                      key=lambda option: len(texts[option]), default=None)
+        return match.group(1).upper() if follows in (None, match.group(1).upper()) else None
     named = bracketed or set(re.findall(alone.replace(given, options), answer))
-    if letters and "A" not in bracketed and not re.search(r"\bA\W*$|:\s*A\b", answer):
-        named -= {"A"}  # a word as often as an option
+    if letters and "A" not in bracketed and not re.search(r"(?<![A-Za-z])A(?![A-Za-z]|[ \t]+[A-Za-zÀ-ɏḀ-ỿ])", answer):
+        named -= {"A"}  # before a Latin word it is a word as often as an option
     if named:
         return named.pop() if len(named) == 1 else None
     words = " ".join(summary_tokens(answer))
@@ -224,12 +242,14 @@ class Cell:
     """The score of a column on a task in a language, with what its uncertainty takes; Cell.mean averages cells."""
 
     def __init__(self, values, first, number):
-        """values: the items' scores; first: those of the first column; number: seeds the draws, each task and language its own."""
-        values, differences = np.array(values), np.array(values) - np.array(first)
-        rng = np.random.default_rng(number)
+        """values: the items' scores; first: those of the first column; number: seeds the draws. It is the task's, for its items are the same questions in
+        every language: drawn apart, translations would count as independent and a mean's interval come out too narrow."""
+        values, differences, count = np.array(values), np.array(values) - np.array(first), len(values)
         self.score, self.difference = values.mean(), differences.mean()
-        self.resampled = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)  # bootstrap over items
-        self.flipped = (rng.choice((-1, 1), size=(PERMUTATIONS, len(values))) * differences).mean(1)  # as if the columns were alike
+        rng = np.random.default_rng(number)  # in portions, for tasks of many items
+        self.resampled = np.concatenate([values[rng.integers(count, size=(100, count))].mean(1) for _ in range(RESAMPLES // 100)])  # bootstrap over items
+        signs = (rng.choice(np.array((-1, 1), "int8"), size=(100, count)) for _ in range(PERMUTATIONS // 100))
+        self.flipped = np.concatenate([portion @ differences / count for portion in signs])  # as if the columns were alike
 
     @classmethod
     def mean(cls, cells):
@@ -247,19 +267,24 @@ class Cell:
 
 def averages(cells):
     """[(task, language, summary of each column)] from cells {(task, lang): a Cell per column}: by language, task and overall."""
-    rows, by_task, overall = [], {}, []
-    for (task, lang), columns in cells.items():
-        by_task.setdefault(task, {})[lang] = columns
-    for task, langs in by_task.items():
-        rows += [(task, lang, [cell.summary() for cell in columns]) for lang, columns in langs.items()]
-        for name, group in {"mean": list(langs), "mean without en": [lang for lang in langs if lang != "en"]}.items():
-            if group and (name == "mean" or len(group) < len(langs)):
-                columns = [Cell.mean(column) for column in zip(*(langs[lang] for lang in group))]
-                rows.append((task, name, [cell.summary() for cell in columns]))
-                overall += [columns] if name == "mean" else []
-    if len(overall) > 1:
-        rows.append(("all", "mean", [Cell.mean(column).summary() for column in zip(*overall)]))
-    return rows
+    tasks = list(dict.fromkeys(task for task, _ in cells))
+    mean = lambda group: [Cell.mean(column) for column in zip(*group)]
+    found = {}  # (task or "all", language or mean): a Cell per column
+    for task in tasks:
+        langs = {lang: columns for (t, lang), columns in cells.items() if t == task}
+        others = [columns for lang, columns in langs.items() if lang != "en"]
+        found.update({(task, lang): columns for lang, columns in langs.items()})
+        found[task, "mean"] = mean(langs.values())
+        if others:
+            found[task, "mean without en"] = mean(others)
+    if len(tasks) > 1:
+        for lang in dict.fromkeys(lang for _, lang in found):  # means come after the languages
+            group = [columns for (_, found_lang), columns in found.items() if found_lang == lang]
+            if len(group) > 1:
+                found["all", lang] = mean(group)
+    english = {task for task, lang in cells if lang == "en"}
+    return [(task, lang, [cell.summary() for cell in columns]) for (task, lang), columns in found.items()
+            if lang != "mean without en" or (english if task == "all" else task in english)]
 
 
 # ------------------------------------------------------------------------------------------------------------------------- main
@@ -329,7 +354,7 @@ def plot(folder, rows, columns, layers):
         axes.set_title(task, fontsize=9)
         axes.set_ylabel("%")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].legend(fontsize=7, frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7, frameon=False)
     figure.savefig(Path(folder) / "scores.png", dpi=130)
     if layers:
         figure, panels = plt.subplots(len(layers), figsize=(9, 2.6 * len(layers)), squeeze=False, constrained_layout=True)
@@ -394,10 +419,10 @@ def main():
         dist.destroy_process_group()
     if rank > 0:
         return
-    cells = {}
-    for number, (task, lang, _) in enumerate(todo):
+    cells, tasks = {}, list(dict.fromkeys(task for task, _, _ in todo))
+    for task, lang, _ in todo:
         values = [[row["scores"][METRICS.get(task, DEFAULT_METRICS)[0]] for row in found[task, lang]] for found in answered]
-        cells[task, lang] = [Cell(column, values[0], number) for column in values]
+        cells[task, lang] = [Cell(column, values[0], tasks.index(task)) for column in values]
     rows = averages(cells)
     markdown = table(rows, columns)
     summaries = [{"task": task, "lang": lang, "column": column, **cell} for task, lang, found in rows for column, cell in zip(columns, found)]

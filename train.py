@@ -69,8 +69,8 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace a model in --out, once the new one is there")
     add("--method", choices=("cc", "sft"), default="cc", help="CC-Tuning, or plain supervised fine-tuning (default %(default)s)")
     add("--english_grad", action="store_true", help="differentiate the English pass too; the paper's published configuration does not")
-    add("--layer", type=layer_choice, default="decision_maker", metavar="WHO", help="ablation: which activation is added is chosen by the decision_maker, "
-        "at random, or is always that of a layer's number (default %(default)s)")
+    add("--layer", type=layer_choice, metavar="WHO", help="ablation: which activation is added is chosen by the decision_maker, at random, or is always "
+        "that of a layer's number (default: as the model was trained, decision_maker for a new one)")
     add("--template", choices=TEMPLATES, help="chat template (default: told by the checkpoint)")
     add("--epochs", type=at_least(0), default=3, help="0: only fit the matrix (default %(default)s)")
     add("--batch_size", type=at_least(1), default=128, help="samples per step, over all processes (default %(default)s)")
@@ -423,7 +423,7 @@ def main():
     max_length = args.max_length or min(1024, config.max_length)
     if max_length > config.max_length:
         raise UserError(f"{args.model}: takes {config.max_length} tokens, --max_length {max_length} is more; lower it")
-    if args.layer not in ("decision_maker", "random", *range(config.num_hidden_layers)):
+    if args.layer not in (None, "decision_maker", "random", *range(config.num_hidden_layers)):
         raise UserError(f"--layer: {args.layer} is not decision_maker, random or one of the layers 0 to {config.num_hidden_layers - 1}")
     tokenizer = Tokenizer(args.model, config, args.template)
     if tokenizer.notice:
@@ -441,8 +441,8 @@ def main():
     cc = load_cctuning(args.model, torch.float32, workers.device, args.seed, partial(shard, workers=workers) if workers.world > 1 else None)
     if args.method == "cc" and args.epochs == 0 and not cc.trained:
         raise UserError(f"{args.model}: has no Decision Maker, so a matrix would serve nothing; train it first (--epochs 1 or more)")
-    stored, cc.layer = cc.lm.stored, args.layer
-    if args.method == "sft" or args.layer != "decision_maker":
+    stored, cc.layer = cc.lm.stored, cc.layer if args.layer is None else args.layer
+    if args.method == "sft" or cc.layer != "decision_maker":
         cc.decision_maker.requires_grad_(False)
     if args.checkpoint_activations:
         for layer in cc.lm.model.layers:
@@ -527,7 +527,7 @@ def main():
         signal.signal(number, handler)
 
     # Fit the Transform Matrix.
-    entry = {"template": tokenizer.template, "method": args.method, "layer": args.layer, "arguments": vars(args)}
+    entry = {"template": tokenizer.template, "method": args.method, "layer": cc.layer, "arguments": vars(args)}
     extra = None
     if args.method == "cc":
         cc.matrices, entry["matrix"] = fit_matrices(cc, samples, tokenizer, workers, args)

@@ -34,6 +34,10 @@ CHOICES = [  # (language, answer, options, their texts, what it names)
     ("en", "A", "ABCD", MMMLU, "A"), ("en", "A degree is a number", "ABCD", MMMLU, None), ("en", "Absolutely", "ABCD", MMMLU, None),
     ("en", "The answer is D", "ABCD", MMMLU, "D"), ("en", "A or B", "ABCD", MMMLU, None), ("en", "A) and B)", "ABCD", MMMLU, None),
     ("en", "The field has no degree", "ABCD", MMMLU, "D"), ("en", "DNA", "ABCD", MMMLU, None), ("en", "E", "ABCD", MMMLU, None),
+    ("en", "Vitamin C", "ABCD", {"A": "Vitamin C", "B": "Vitamin D"}, "A"), ("en", "1", "ABCD", {"A": "1", "B": "0, 1"}, "A"),
+    ("en", "1. Neutral", "123", XNLI, None), ("en", "A) 4", "ABCD", MMMLU, None), ("en", "**A** because", "ABCD", MMMLU, "A"), ("ko", "답은 A입니다", "ABCD", {}, "A"),
+    ("ja", "正解はAです", "ABCD", {}, "A"), ("zh", "选A，因为", "ABCD", {}, "A"), ("hi", "उत्तर A है", "ABCD", {}, "A"), ("fr", "La réponse est A, car", "ABCD", {}, "A"),
+    ("bn", "n + ১", "ABCD", {"A": "n + ১", "B": "n + 2"}, "A"),
     ("ar", "١", "123", {}, "1"), ("ar", "الجواب: ٢", "123", {}, "2"), ("ar", "(٣) يتناقض", "123", {}, "3"), ("ar", "الجواب B", "ABCD", {}, "B"),
     ("ar", "محايد", "123", {"1": "يستلزم", "2": "محايد", "3": "يتناقض"}, "2"), ("ar", "١ أو ٢", "123", {}, None),
     ("bn", "২", "12", {}, "2"), ("bn", "উত্তর: ১", "123", {}, "1"), ("bn", "(C)", "ABCD", {}, "C"), ("bn", "নিরপেক্ষ", "123", {"2": "নিরপেক্ষ", "3": "বিরোধী"}, "2"),
@@ -73,7 +77,8 @@ def test_choices_cover_the_languages():
     ("ar", "في الكتاب", "كتاب", 1, 0, 2 / 3), ("vi", "những con mèo", "con mèo", 1, 1, 1), ("hi", "भारत की राजधानी", "राजधानी", 1, 0, 1 / 2),
     ("zh", "北京市", "北京", 1, 0, 4 / 5), ("zh", "在 1999年", "1999", 1, 0, 1 / 2), ("ja", "東京タワー", "東京", 1, 0, 4 / 7), ("th", "กรุงเทพ", "กรุงเทพ", 1, 1, 1),
     ("th", "กข", "ขค", 0, 0, 1 / 2), ("ru", "Москва!", "москва", 1, 1, 1), ("tr", "ankara", "Ankara", 1, 1, 1), ("el", "η Αθήνα", "Αθήνα", 1, 1, 1),
-    ("ko", "서울 특별시", "서울", 1, 0, 2 / 3), ("pt", "O Brasil", "Brasil", 1, 1, 1), ("en", "", "x", 0, 0, 0),
+    ("fr", "l'Allemagne", "Allemagne", 1, 1, 1), ("ar", "١٩٩٩", "1999", 1, 1, 1), ("en", "308\u200b", "308", 1, 1, 1), ("tr", "İstanbul", "istanbul", 1, 1, 1),
+    ("tr", "ISPARTA", "ısparta", 1, 1, 1), ("ja", "3", "3.0", 1, 1, 1), ("ja", "30", "3.0", 0, 0, 0), ("ko", "서울 특별시", "서울", 1, 0, 2 / 3), ("pt", "O Brasil", "Brasil", 1, 1, 1), ("en", "", "x", 0, 0, 0),
 ])
 def test_open_scores(lang, answer, gold, contained, exact, f1):
     """Catches articles of another language, words where characters should count, punctuation that keeps answers apart, a number found in another."""
@@ -160,6 +165,10 @@ def test_command(checkpoint, tmp_path, run):
                 assert row["unparsed"] == sum(choice(a["answer"], "123") is None for a in answers)
 
 
+def score_of(rows, task, lang):
+    return [cell["score"] for cell in rows[task, lang]]
+
+
 def test_averages_and_table():
     """Catches a mean over items where it should be over languages, English that counts as another language, a column under the wrong model, a
     difference with the wrong sign, an interval that does not hold the score, and p-values that see what is not there, or not what is."""
@@ -167,7 +176,10 @@ def test_averages_and_table():
     cells = {("XNLI", "en"): [Cell(few, few, 0), Cell([1.0] * 10, few, 0)], ("XNLI", "sw"): [Cell(many, many, 1), Cell([1.0] * 40, many, 1)],
              ("facts", "sw"): [Cell(few, few, 2), Cell(few[::-1], few, 2)]}
     rows = {(task, lang): found for task, lang, found in averages(cells)}
-    score = lambda task, lang: [cell["score"] for cell in rows[task, lang]]
+    alike = averages({("XNLI", lang): [Cell(many, many, 0)] for lang in ("en", "sw", "hi")})  # the same questions in three languages
+    assert len({tuple(found[0]["interval"]) for _, _, found in alike}) == 1
+    assert score_of(rows, "all", "sw") == pytest.approx([(0.25 + 0.8) / 2, 0.9]) and ("all", "en") not in rows
+    score = lambda task, lang: score_of(rows, task, lang)
     assert score("XNLI", "mean") == [0.525, 1.0] and score("XNLI", "mean without en") == [0.25, 1.0] and ("facts", "mean without en") not in rows
     assert score("all", "mean") == pytest.approx([(0.525 + 0.8) / 2, 0.9])
     assert all(cell["interval"][0] <= cell["score"] <= cell["interval"][1] for found in rows.values() for cell in found)
