@@ -13,6 +13,7 @@ checkpoint's tensors load as they are. One thing is new: the feed-forward block 
 Every problem with what the user gave is a UserError: one line that names the file and says what to do.
 """
 import argparse
+import errno
 import json
 import os
 import re
@@ -41,6 +42,11 @@ def run_script(main, speak=True):
     except UserError as error:
         if speak:
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {error.filename or 'output'}: the disk is full; make room and run again (train.py: with --resume)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -620,8 +626,8 @@ def save_checkpoint(out, source, tensors, entry, extra=None, shard_bytes=5_000_0
         weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     config = dict(read_json(source / "config.json"), cctuning=entry)
-    (staging / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-    (staging / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    write_text(staging / "config.json", json.dumps(config, indent=2, ensure_ascii=False))
+    write_text(staging / INDEX, json.dumps(index, indent=2))
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, staging / name)

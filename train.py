@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -259,7 +260,7 @@ def save_run(folder, step, state, note, keep, workers):
             partial.rename(target)
             sync(folder)
             for old in checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
+                shutil.rmtree(old.rename(old.with_suffix(".tmp")))
     except (OSError, CheckpointException) as error:
         if workers.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -268,7 +269,7 @@ def save_run(folder, step, state, note, keep, workers):
 
 def checkpoints(folder):
     """The complete checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7}", path.name) and (path / ".metadata").exists())
 
 
 def load_run(path, state, note, workers):
@@ -356,8 +357,9 @@ def fit_matrices(cc, samples, tokenizer, workers, args):
     progress = tqdm(total=math.ceil(len(fit) / args.micro_batch / workers.world), desc="matrix", disable=workers.rank > 0 or None)
     for group, real in workers.deal(fit, args.micro_batch):
         own, english = activations(group)
-        if real:
-            sums.add(own, english, [name(s) for s in group])
+        sound = (own.isfinite() & english.isfinite()).all(2).all(0)  # (B,); a broken sample would ruin the matrix
+        if real and sound.any():
+            sums.add(own[:, sound], english[:, sound], [name(s) for s, kept in zip(group, sound.tolist()) if kept])
         progress.update()
     progress.close()
     for pair in sums.sums.values():
@@ -399,6 +401,22 @@ def open_log(out, start, resumed):
 
 def main():
     args = parse_args()
+    stopped = []  # signals that came
+
+    def stop(number, frame):
+        stopped.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)  # a second one ends the run at once
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        run(args, stopped)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run(args, stopped):
+    """Check, train, fit, save. After the step in which `stopped` is no longer empty, a checkpoint is written and the run ends."""
     if args.memory_plan:
         plan_ = memory_plan(args, args.memory_plan)
         for what, size in [*plan_.items(), ("together, activations come on top", sum(plan_.values()))]:
@@ -411,13 +429,11 @@ def main():
     # Everything the user gave is checked before any work is done.
     out = Path(args.out)
     check_folder(out)
-    made_with = Config.read(out).cctuning.get("arguments", {}) if holds_model(out) else {}
-    replaceable = args.overwrite or args.embedded and made_with.get("embedded") is True
-    if args.resume and made_with and all(made_with.get(name) == value for name, value in vars(args).items() if name not in FREE):
-        return say(f"{out}: holds the result of this run already")
-    if holds_model(out) and not replaceable:
+    held = Config.read(out).cctuning if holds_model(out) and not (out / "saving.tmp").exists() else None  # else it was being written when the run died
+    replaceable = args.overwrite or args.embedded and held and held.get("arguments", {}).get("embedded") is True
+    if held is not None and not (replaceable or args.resume):
         raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
-    if checkpoints(out / "checkpoints") and not (replaceable or args.resume):
+    if checkpoints(out / "checkpoints") and not (args.overwrite or args.resume):
         raise UserError(f"{out}/checkpoints: a run was stopped here; go on with --resume, or start anew with --overwrite")
     config = Config.read(args.model)
     max_length = args.max_length or min(1024, config.max_length)
@@ -433,6 +449,13 @@ def main():
     for file, kept, gone in ((args.data, samples, dropped), (args.eval_data, eval_samples, eval_dropped)):
         if gone:
             say(f"{file}: {gone} of {len(kept) + gone} samples dropped, their prompts leave no room for an answer in {max_length} tokens")
+    digest = hashlib.sha256(repr(samples).encode()).hexdigest()
+    if args.resume and held is not None:
+        made_with = held.get("arguments", {})
+        if held.get("data") == digest and all(made_with.get(name) == value for name, value in vars(args).items() if name not in FREE):
+            return say(f"{out}: holds the result of this run already")
+        if not replaceable:
+            raise UserError(f"{out}: holds another run's model; give another --out, or --overwrite to replace it")
     foreign = [s for s in samples if not s.is_english]
     if args.method == "cc" and not foreign:
         raise UserError(f"{args.data}: every instruction equals its instruction_en; the Transform Matrix needs prompts in other languages")
@@ -454,7 +477,6 @@ def main():
     parameters = [p for p in cc.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     warmup = math.ceil(WARMUP * len(steps))
-    digest = hashlib.sha256(repr([(s.ids, s.prompt_length, s.english_ids) for s in samples]).encode()).hexdigest()
     note = {name: value for name, value in vars(args).items() if name not in FREE} | {"dtype": str(workers.dtype), "data": f"{args.data} {digest}"}
     start, resumable = 0, checkpoints(out / "checkpoints") if args.resume else []
     if resumable:
@@ -469,8 +491,7 @@ def main():
 
     say(f"{args.method} on {workers.world} x {workers.device.type}, {str(workers.dtype).removeprefix('torch.')}: {len(samples)} samples, {len(steps)} steps"
         + (f", resumed after step {start}" if start else ""))
-    stopped, skipped = [], 0
-    handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    skipped = skipped_in_all = 0  # steps: in a row, and together
     progress = tqdm(total=len(steps), initial=start, desc="train", disable=None if main_process else True)
     for step, (epoch, numbers) in list(enumerate(steps))[start:]:
         began = time.perf_counter()
@@ -496,7 +517,7 @@ def main():
             optimizer.step()
             skipped = 0
         else:
-            skipped += 1
+            skipped, skipped_in_all = skipped + 1, skipped_in_all + 1
             say(f"step {step + 1} skipped: loss {loss}, gradient norm {norm}")
         optimizer.zero_grad()
         if skipped == MAX_SKIPPED:
@@ -512,10 +533,11 @@ def main():
                 progress.write(line)
         if eval_samples and step + 1 < len(steps) and steps[step + 1][0] != epoch:  # after the last epoch: below
             found = validation_loss(cc, eval_samples, tokenizer, workers, args.micro_batch, connections[0])
-            record(step=step + 1, epoch=epoch, eval_loss={connections[0]: found})
+            record(step=step + 1, epoch=epoch, eval_loss={connections[0]: finite(found)})
             if main_process:
                 progress.write(f"epoch {epoch + 1}/{args.epochs}  validation loss {found:.4f} {connections[0]}")
-        if stopping or args.save_every and (step + 1) % args.save_every == 0:
+        last = step + 1 == len(steps)  # what comes after may be cut short too
+        if stopping or args.save_every and not skipped and (last or (step + 1) % args.save_every == 0):
             save_run(out / "checkpoints", step + 1, run_state(cc, optimizer), note, args.keep, workers)
         if stopping:
             progress.close()
@@ -523,11 +545,11 @@ def main():
             workers.barrier()
             raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
     progress.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    if skipped_in_all:
+        say(f"{skipped_in_all} steps were skipped, their loss or gradient was not finite; look for broken samples")
 
     # Fit the Transform Matrix.
-    entry = {"template": tokenizer.template, "method": args.method, "layer": cc.layer, "arguments": vars(args)}
+    entry = {"data": digest, "template": tokenizer.template, "method": args.method, "layer": cc.layer, "arguments": vars(args)}
     extra = None
     if args.method == "cc":
         cc.matrices, entry["matrix"] = fit_matrices(cc, samples, tokenizer, workers, args)
@@ -538,7 +560,7 @@ def main():
         record(matrix=entry["matrix"])
     if eval_samples:
         found = {c: validation_loss(cc, eval_samples, tokenizer, workers, args.micro_batch, c) for c in connections}
-        record(eval_loss=found)
+        record(eval_loss={name: finite(value) for name, value in found.items()})
         say("validation loss: " + ", ".join(f"{value:.4f} {name}" for name, value in found.items()))
 
     # Save. Every process gathers the weights, the first one writes them.
@@ -547,6 +569,7 @@ def main():
         try:
             save_checkpoint(out, args.model, tensors, entry, extra, int(1e9 * args.max_shard_size))
         except (OSError, SafetensorError) as error:
+            shutil.rmtree(out / "saving.tmp", ignore_errors=True)
             raise UserError(f"{out}: cannot be written ({last_line(error)}); make room, then run again"
                             + (" with --resume" if args.save_every else "")) from None
         log.close()

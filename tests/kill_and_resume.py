@@ -40,7 +40,7 @@ def processes(out):
 
 def steps(out):
     log = out / "train_log.jsonl"
-    return log.read_text().count("loss") if log.exists() else 0
+    return log.read_text().count('"loss"') if log.exists() else 0
 
 
 def kill(run, out, rng):
