@@ -336,6 +336,16 @@ def table(rows, columns):
     return "\n".join(lines)
 
 
+def beside(results, columns):
+    """Markdown lines: the further metrics of tasks that have them, mean of the languages; empty where no task has."""
+    lines = []
+    for task in dict.fromkeys(r["task"] for r in results):
+        for metric in METRICS.get(task, DEFAULT_METRICS)[1:]:
+            scores = [[r["scores"][metric] for r in results if (r["task"], r["column"]) == (task, column)] for column in columns]
+            lines.append(f"| {task} | {metric} | " + " | ".join(f"{100 * np.mean(found):.1f}" for found in scores) + " |")
+    return ["", "| task | mean of | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns), *lines] if lines else []
+
+
 def plot(folder, rows, columns, layers):
     """scores.png: score per language of each column, with intervals; layers.png: share of each chosen layer per language."""
     import matplotlib
@@ -424,7 +434,7 @@ def main():
         values = [[row["scores"][METRICS.get(task, DEFAULT_METRICS)[0]] for row in found[task, lang]] for found in answered]
         cells[task, lang] = [Cell(column, values[0], tasks.index(task)) for column in values]
     rows = averages(cells)
-    markdown = table(rows, columns)
+    markdown = "\n".join([table(rows, columns), *beside(results, columns)])
     summaries = [{"task": task, "lang": lang, "column": column, **cell} for task, lang, found in rows for column, cell in zip(columns, found)]
     write_text(out / "results.json", json.dumps({"arguments": vars(args), "results": results, "summaries": summaries}, indent=1))
     write_text(out / "results.md", markdown + "\n")

@@ -200,5 +200,7 @@ def test_connections_side_by_side(tmp_path, run):
     assert code == 0, err
     found = json.loads((tmp_path / "results.json").read_text())
     assert [(r["model"].endswith("base"), r["connection"]) for r in found["results"]] == [(False, "matrix"), (False, "english"), (False, "none"), (True, "none")]
+    means = [f"{100 * r['scores']['f1']:.1f}" for r in found["results"]]
+    assert f"| facts | f1 | {' | '.join(means)} |" in out
     answers = [path.read_text() for path in sorted(tmp_path.glob("answers/*/facts/sw.jsonl"))]
     assert len(answers) == 4 == len(set(answers)) and all((tmp_path / "figures" / f"{name}.png").stat().st_size < 300_000 for name in ("scores", "layers"))

@@ -222,3 +222,12 @@ def test_learning_rate(checkpoint, tmp_path, run):
     run("train", *arguments(checkpoint(), data, tmp_path / "out", epochs=4, lr=1e-3))
     rates = [json.loads(line)["lr"] for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines() if '"lr"' in line]
     assert len(rates) == 20 and rates[:2] == [5e-4, 1e-3] and all(a >= b for a, b in zip(rates[1:], rates[2:])) and 0 < rates[-1] < 2e-5
+
+
+def test_an_ablation_outlives_refitting(checkpoint, tmp_path, run):
+    """Catches a fixed layer that is forgotten when the matrix is fitted again, and a Decision Maker that is trained though it does not choose."""
+    data = write_data(tmp_path / "data.jsonl", PAIRS)
+    assert run("train", *arguments(checkpoint(), data, tmp_path / "one", layer=2, epochs=1))[0] == 0
+    assert run("train", *arguments(tmp_path / "one", data, tmp_path / "two", epochs=0))[0] == 0
+    found, start = load_cctuning(tmp_path / "two"), load_cctuning(checkpoint())
+    assert found.layer == 2 and torch.equal(found.decision_maker.weight, start.decision_maker.weight)
