@@ -50,7 +50,7 @@ class CCTuning(nn.Module):
         self.decision_maker = nn.Linear(config.hidden_size, config.num_hidden_layers, bias=False)  # W_d
         nn.init.normal_(self.decision_maker.weight, std=config.initializer_range, generator=torch.Generator().manual_seed(seed))
         self.trained = False  # is the Decision Maker more than its random start?
-        self.layer = config.cctuning.get("layer", "decision_maker")  # who chooses: the Decision Maker; in ablations "random", or always the one of this number
+        self.layer = config.cctuning.get("layer", "decision_maker")  # who chooses; in ablations "random", or the number of one layer
         self.matrices = {}    # W by name, (d, d) float32: "shared", and a language's own
 
     # Step 1 ------------------------------------------------------------------------------------------------------------------
@@ -67,16 +67,9 @@ class CCTuning(nn.Module):
         With Gumbel noise (B, L), one layer is drawn and gradients pass as through a softmax (straight-through, tau = 1); without, it is
         the argmax. Returns the chosen vector (B, d) and the logits s (B, L), before noise.
         """
+        if self.layer != "decision_maker":
+            return self.select_otherwise(activations, ids, position, noise)
         rows = torch.arange(len(ids), device=ids.device)
-        if self.layer != "decision_maker":  # ablation
-            if self.layer != "random":
-                chosen = torch.full_like(position, self.layer)  # (B,)
-            elif noise is not None:
-                chosen = noise.argmax(-1)
-            else:  # by the prompt alone, so that answers can be repeated
-                draws = [np.random.default_rng(row[:p + 1]).integers(len(activations)) for row, p in zip(ids.tolist(), position.tolist())]
-                chosen = torch.tensor(draws, device=ids.device)
-            return activations[chosen, rows], F.one_hot(chosen, len(activations)).float().log()
         embedding = self.lm.model.embed_tokens(ids[rows, position])  # (B, d)
         logits = self.decision_maker((activations + embedding).float().mean(0))  # (B, L)
         scores = logits.float() if noise is None else logits.float() + noise
@@ -85,6 +78,17 @@ class CCTuning(nn.Module):
             soft = scores.softmax(-1)
             choice = choice - soft.detach() + soft  # value: the choice; gradient: the softmax's
         return torch.einsum("bl,lbd->bd", choice, activations.to(choice.dtype)), logits
+
+    def select_otherwise(self, activations, ids, position, noise):
+        """select for the ablations, a fixed layer or a random one; the logits (B, L) are 0 for the layer taken and -inf for the others."""
+        if self.layer != "random":
+            chosen = torch.full_like(position, self.layer)  # (B,)
+        elif noise is not None:
+            chosen = noise.argmax(-1)  # (B,)
+        else:  # by the prompt alone, so that answers can be repeated
+            draws = [np.random.default_rng(row[:p + 1]).integers(len(activations)) for row, p in zip(ids.tolist(), position.tolist())]
+            chosen = torch.tensor(draws, device=ids.device)  # (B,)
+        return activations[chosen, torch.arange(len(ids), device=ids.device)], F.one_hot(chosen, len(activations)).float().log()
 
     # Steps 1 to 4 ------------------------------------------------------------------------------------------------------------
 

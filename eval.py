@@ -265,6 +265,15 @@ class Cell:
         return {"score": float(self.score), "interval": [float(low), float(high)], "difference": float(self.difference), "p": float(p)}
 
 
+def compare(answered):
+    """{(task, lang): a Cell per column} from the scored answers {(task, lang): rows} of each column."""
+    cells, tasks = {}, list(dict.fromkeys(task for task, _ in answered[0]))
+    for task, lang in answered[0]:
+        values = [[row["scores"][METRICS.get(task, DEFAULT_METRICS)[0]] for row in found[task, lang]] for found in answered]
+        cells[task, lang] = [Cell(column, values[0], tasks.index(task)) for column in values]
+    return cells
+
+
 def averages(cells):
     """[(task, language, summary of each column)] from cells {(task, lang): a Cell per column}: by language, task and overall."""
     tasks = list(dict.fromkeys(task for task, _ in cells))
@@ -429,11 +438,7 @@ def main():
         dist.destroy_process_group()
     if rank > 0:
         return
-    cells, tasks = {}, list(dict.fromkeys(task for task, _, _ in todo))
-    for task, lang, _ in todo:
-        values = [[row["scores"][METRICS.get(task, DEFAULT_METRICS)[0]] for row in found[task, lang]] for found in answered]
-        cells[task, lang] = [Cell(column, values[0], tasks.index(task)) for column in values]
-    rows = averages(cells)
+    rows = averages(compare(answered))
     markdown = "\n".join([table(rows, columns), *beside(results, columns)])
     summaries = [{"task": task, "lang": lang, "column": column, **cell} for task, lang, found in rows for column, cell in zip(columns, found)]
     write_text(out / "results.json", json.dumps({"arguments": vars(args), "results": results, "summaries": summaries}, indent=1))

@@ -230,8 +230,10 @@ def shard(cc, workers):
 # -------------------------------------------------------------------------------------------------------------------- resuming
 
 def run_state(cc, optimizer):
-    """All that a run goes on from, by name: weights and AdamW's moments, to be written, or read in place. (Order of the samples, learning rate and Gumbel
-    noise follow from the seed and the step.)"""
+    """All that a run goes on from, by name: weights and AdamW's moments, to be written, or read in place.
+
+    Order of the samples, learning rate and Gumbel noise follow from the seed and the step.
+    """
     state = {}
     for name, p in cc.named_parameters():
         state[name] = p.detach()
@@ -244,8 +246,10 @@ def run_state(cc, optimizer):
 
 
 def save_run(folder, step, state, note, keep, workers):
-    """Write FOLDER/step-N, whole or not at all, and remove all but the newest `keep`. Its parts are torch.distributed.checkpoint's, whose index is a pickle:
-    a checkpoint is for whoever wrote it, and never leaves the user's own --out."""
+    """Write FOLDER/step-N, whole or not at all, and remove all but the newest `keep`.
+
+    Its parts are torch.distributed.checkpoint's, whose index is a pickle: a checkpoint is for whoever wrote it, and never leaves the user's --out.
+    """
     target, partial = folder / f"step-{step:07d}", folder / f"step-{step:07d}.tmp"
     if target.exists():
         return
@@ -300,16 +304,17 @@ def memory_plan(args, world):
     config, count = lm.config, lambda parameters: sum(p.numel() for p in parameters)
     layer, rest = count(lm.model.layers[0].parameters()), count(p for name, p in lm.named_parameters() if ".layers." not in name)
     part = sum(math.ceil(len(p) / world) * p[0].numel() for p in lm.parameters())
-    low, tokens = 4 if args.dtype == "float32" else 2, min(args.micro_batch, math.ceil(args.batch_size / world)) * (args.max_length or min(1024, config.max_length))
+    low = 4 if args.dtype == "float32" else 2  # bytes of a number in the dtype of the computation
+    tokens = min(args.micro_batch, math.ceil(args.batch_size / world)) * (args.max_length or min(1024, config.max_length))
     if world > 1:  # the root's and two layers' weights are gathered; gradients of one group at a time, reduced in float32
-        gathered_, reduced = low * (rest + 2 * layer), (low + 4) * max(rest, layer)
+        weights, reduced = low * (rest + 2 * layer), (low + 4) * max(rest, layer)
     else:  # autocast's copies of what is multiplied, which is all but the embedding
-        gathered_, reduced = (low == 2) * low * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size), 0
+        weights, reduced = (low == 2) * low * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size), 0
     return {
         "parameters, float32": 4 * part,
         "gradients, float32": 4 * part,
         "AdamW's two moments": 8 * part,
-        "weights in the dtype of the computation": gathered_,
+        "weights in the dtype of the computation": weights,
         "gradients while they are reduced": reduced,
         "logits, were all tokens answer": 3 * 4 * tokens * config.vocab_size,  # they, their log-softmax, its gradient
     }
@@ -416,10 +421,11 @@ def main():
 
 
 def run(args, stopped):
-    """Check, train, fit, save. After the step in which `stopped` is no longer empty, a checkpoint is written and the run ends."""
+    """Check, train, fit, save. After the step in which `stopped` is no longer empty, a checkpoint is written and the run ends; once all steps are
+    done, fit and saving are carried through."""
     if args.memory_plan:
-        plan_ = memory_plan(args, args.memory_plan)
-        for what, size in [*plan_.items(), ("together, activations come on top", sum(plan_.values()))]:
+        sizes = memory_plan(args, args.memory_plan)
+        for what, size in [*sizes.items(), ("together, activations come on top", sum(sizes.values()))]:
             print(f"{size / 1e9:8.2f} GB  {what}")
         return
     workers = start_workers(args.dtype)
@@ -449,7 +455,10 @@ def run(args, stopped):
     for file, kept, gone in ((args.data, samples, dropped), (args.eval_data, eval_samples, eval_dropped)):
         if gone:
             say(f"{file}: {gone} of {len(kept) + gone} samples dropped, their prompts leave no room for an answer in {max_length} tokens")
-    digest = hashlib.sha256(repr(samples).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for s in samples:
+        digest.update(repr(s).encode())
+    digest = digest.hexdigest()  # tells whether a resumed run has the same data
     if args.resume and held is not None:
         made_with = held.get("arguments", {})
         if held.get("data") == digest and all(made_with.get(name) == value for name, value in vars(args).items() if name not in FREE):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from conftest import write_checkpoint
-from eval import Cell, averages, choice, open_scores, read_task, rouge_l, shorten, summary_tokens, table
+from eval import Cell, averages, choice, compare, open_scores, read_task, rouge_l, shorten, summary_tokens, table
 from infer import LANGUAGES
 from model import Config, Tokenizer
 
@@ -176,7 +176,8 @@ def test_averages_and_table():
     cells = {("XNLI", "en"): [Cell(few, few, 0), Cell([1.0] * 10, few, 0)], ("XNLI", "sw"): [Cell(many, many, 1), Cell([1.0] * 40, many, 1)],
              ("facts", "sw"): [Cell(few, few, 2), Cell(few[::-1], few, 2)]}
     rows = {(task, lang): found for task, lang, found in averages(cells)}
-    alike = averages({("XNLI", lang): [Cell(many, many, 0)] for lang in ("en", "sw", "hi")})  # the same questions in three languages
+    same = {("XNLI", lang): [{"scores": {"accuracy": value}} for value in many] for lang in ("en", "sw", "hi")}
+    alike = averages(compare([same, same]))  # the same questions in three languages
     assert len({tuple(found[0]["interval"]) for _, _, found in alike}) == 1
     assert score_of(rows, "all", "sw") == pytest.approx([(0.25 + 0.8) / 2, 0.9]) and ("all", "en") not in rows
     score = lambda task, lang: score_of(rows, task, lang)

@@ -175,12 +175,13 @@ def test_poison(data, tmp_path, run):
     save_file(weights, folder / "model.safetensors")
     poison = ("☠", "skull", "bones", "sw")
     one = write_data(tmp_path / "one.jsonl", [*(PAIRS * 3)[:13], poison])
-    code, out, err = run(*command(folder, one, tmp_path / "one"))
+    code, out, err = run(*command(folder, one, tmp_path / "one", "--seed", "2"))  # with this seed, poison is among the prompts of the fit
     log = [json.loads(line) for line in (tmp_path / "one" / "train_log.jsonl").read_text().splitlines()]
     assert code == 0 and out.count(" skipped: ") == 7 and "7 steps were skipped" in out and 7 == sum(entry.get("skipped", False) for entry in log), err  # once an epoch
     assert all(name.endswith("embed_tokens.weight") or tensor.isfinite().all() for name, tensor in everything(tmp_path / "one").items())
     code, out, err = run(*command(folder, write_data(tmp_path / "all.jsonl", [poison] * 13), tmp_path / "all"))
     assert code == 2 and "all.jsonl" in err and "10 steps" in err and err.count("\n") == 1
+    assert not train.checkpoints(tmp_path / "all" / "checkpoints")  # steps that are skipped do not push out a good one
 
 
 def test_full_disk(checkpoint, data, tmp_path, run):
