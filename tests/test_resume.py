@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from conftest import PAIRS, write_checkpoint, write_data
-from model import UserError, load_model
+from model import INDEX, UserError, load_model
 from test_distributed import WORKER, launch, losses
 
 KILLING = WORKER.replace("\nfor script", """
@@ -147,6 +147,7 @@ def test_killed_while_the_result_is_saved(checkpoint, data, tmp_path, run, monke
             code, out, err = run(*command(checkpoint(), data, killed, "--resume"))
         except Killed:
             monkeypatch.setattr(Path, "replace", replace)
+            assert not (killed / INDEX).exists()  # what marks a model as complete comes last
             with pytest.raises(UserError):
                 load_model(killed)
             continue
