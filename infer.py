@@ -277,7 +277,7 @@ def main():
     records = read_prompts(args)
     texts = [(instruction(r, where), text_field(r, "instruction_en", where, required=False),
               text_field(r, "lang", where, required=False), where) for r, where in records]
-    known = {*LANGUAGES, *Config.read(args.model).languages, *(lang for _, _, lang, _ in texts if lang)}
+    known = {*LANGUAGES, *Config.read(args.model).cctuning.get("languages", []), *(lang for _, _, lang, _ in texts if lang)}
     if args.lang and args.lang not in known:
         raise UserError(f"--lang: unknown language {args.lang!r}; known are {' '.join(sorted(known))}")
     engine = Engine(args.model, args, args.connection, single=min(len(texts), args.batch_size) == 1)
