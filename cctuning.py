@@ -1,22 +1,31 @@
-"""CC-Tuning: what is added to a language model.
+"""CC-Tuning: all that is added to a language model.
 
-    Ye et al., "CC-Tuning: A Cross-Lingual Connection Mechanism for Improving Joint Multilingual Supervised Fine-Tuning", ACL 2025,
-    https://doi.org/10.18653/v1/2025.acl-long.933
+    Ye et al., "CC-Tuning: A Cross-Lingual Connection Mechanism for Improving Joint Multilingual Supervised
+    Fine-Tuning", ACL 2025, https://doi.org/10.18653/v1/2025.acl-long.933
 
-    x       a prompt in its own language, with its answer in training            (B, T) token ids
-    e       the same prompt in English, without an answer                        (B, T) token ids
-    p       the connection position of a prompt, where the assistant's turn begins   (B,)
-    H       FFN activations: the feed-forward output of every layer at p, before the residual addition   (L, B, d)
-    W_d     the Decision Maker, which picks one layer                            (L, d)
-    W       the Transform Matrix, from own-language to English-like activations  (d, d)
+    here  shape                 what the paper calls it
+    x     (B, T) token ids      non-English input: a prompt in its own language, followed in training by its answer
+    e     (B, Te) token ids     English input: the same prompt in English, without an answer
+    p     (B,)                  connection position: the token of a prompt where the assistant's turn begins
+    H     (L, B, d)             FFN activations: the feed-forward output of every layer at p, before it is added to the
+                                residual stream
+    W_d   (L, d)                Decision Maker, which picks one of the L layers
+    W     (d, d)                Transform Matrix, from own-language to English-like activations
+    B rows, T and Te tokens, L decoder layers, d hidden size, V vocabulary
 
-Training (`CCTuning.forward`)
-    1. English pass: H of e at its p.                                            no gradient, unless english_grad
-    2. Decision Maker: s = W_d mean_l(H_l + emb(x)[p]); one layer by straight-through Gumbel-Softmax.
-    3. Fusion: the chosen layer's H_l is added to the FFN output of layer 0 of x's pass, at p and nowhere else.
+Training (CCTuning.forward)
+    1. English pass: H of e at its own p.                                      No gradient, unless english_grad.
+    2. Decision Maker: s = W_d mean_l(H_l + emb(x)[p]), a score per layer; one is drawn by straight-through
+       Gumbel-Softmax.
+    3. Fusion: the H_l of that layer is added to the FFN output of layer 0 in x's pass, at p and nowhere else.
     4. Loss: next-token cross-entropy on the answer.
-After training (`MatrixSums`): W = argmin ||X W - Y||, X being H of x, Y being H of e, over many prompts and all layers.
-Inference (`CCTuning.prefill`): H of x, times W, stands for H of e.
+After training (MatrixSums)
+    5. Transform Matrix: W = argmin ||X W - Y||, with X the H of x and Y the H of e, over many prompts and all layers.
+Inference (CCTuning.prefill)
+    6. x alone: H W in place of the English H, then 2 (the argmax) and 3, then ordinary decoding.
+
+What it asks of the language model `lm` is one call: lm(ids, at=p) returns H beside the decoder's output, lm(ids,
+fused=(v, p)) adds the vectors v (B, d) to layer 0's FFN output at p.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +42,17 @@ FILE = "cctuning.safetensors"  # beside the weights: decision_maker.weight, tran
 
 class Batch(NamedTuple):
     """Right-padded samples. `labels` are the ids on the answer and -100 elsewhere, not shifted."""
-    ids: torch.Tensor               # (B, T) prompt and answer
+    ids: torch.Tensor               # x (B, T): prompt and answer
     labels: torch.Tensor            # (B, T)
-    position: torch.Tensor          # (B,) connection position in ids
-    english_ids: torch.Tensor       # (B, Te) English prompt
-    english_position: torch.Tensor  # (B,)
+    position: torch.Tensor          # p (B,) of x
+    english_ids: torch.Tensor       # e (B, Te)
+    english_position: torch.Tensor  # p (B,) of e
+
+
+def gumbel_noise(seed, step, samples, layers):
+    """Gumbel noise (B, L) for samples (their numbers) in a step: the same however they are spread over processes."""
+    noise = [np.random.default_rng((seed, step, i)).gumbel(size=layers) for i in samples]
+    return torch.tensor(np.stack(noise), dtype=torch.float32)
 
 
 class CCTuning(nn.Module):
@@ -48,82 +63,90 @@ class CCTuning(nn.Module):
         config = lm.config
         self.lm = lm
         self.decision_maker = nn.Linear(config.hidden_size, config.num_hidden_layers, bias=False)  # W_d
-        nn.init.normal_(self.decision_maker.weight, std=config.initializer_range, generator=torch.Generator().manual_seed(seed))
+        start = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.decision_maker.weight, std=config.initializer_range, generator=start)
         self.trained = False  # is the Decision Maker more than its random start?
-        self.layer = config.cctuning.get("layer", "decision_maker")  # who chooses; in ablations "random", or the number of one layer
+        self.layer = config.cctuning.get("layer", "decision_maker")  # who picks; for ablations see `ablated`
         self.matrices = {}    # W by name, (d, d) float32: "shared", and a language's own
 
-    # Step 1 ------------------------------------------------------------------------------------------------------------------
+    # Step 1
 
     def activations(self, ids, position):
         """H (L, B, d) of right-padded prompts (B, T) at their connection positions (B,). Computes no logits."""
         return self.lm(ids, at=position)[1]
 
-    # Step 2 ------------------------------------------------------------------------------------------------------------------
+    # Step 2
 
     def select(self, activations, ids, position, noise=None):
-        """The Decision Maker's choice among H (L, B, d) for the prompts ids (B, T).
+        """The Decision Maker's choice among H (L, B, d) for the prompts ids (B, T) with connection positions (B,).
 
-        With Gumbel noise (B, L), one layer is drawn and gradients pass as through a softmax (straight-through, tau = 1); without, it is
-        the argmax. Returns the chosen vector (B, d) and the logits s (B, L), before noise.
+        With Gumbel noise (B, L), a layer is drawn and gradients pass as through a softmax (straight-through, tau = 1);
+        without, it is the argmax. Returns the chosen vector (B, d) and the scores s (B, L), before noise.
         """
-        if self.layer != "decision_maker":
-            return self.select_otherwise(activations, ids, position, noise)
-        rows = torch.arange(len(ids), device=ids.device)
-        embedding = self.lm.model.embed_tokens(ids[rows, position])  # (B, d)
-        logits = self.decision_maker((activations + embedding).float().mean(0))  # (B, L)
-        scores = logits.float() if noise is None else logits.float() + noise
-        choice = F.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores.dtype)  # (B, L)
+        if self.layer == "decision_maker":
+            rows = torch.arange(len(ids), device=ids.device)
+            embedding = self.lm.model.embed_tokens(ids[rows, position])  # (B, d)
+            scores = self.decision_maker((activations + embedding).float().mean(0)).float()  # (L, B, d) -> (B, L)
+        else:
+            scores = self.ablated(ids, position, noise)
+        noisy = scores if noise is None else scores + noise
+        choice = F.one_hot(noisy.argmax(-1), noisy.shape[-1]).to(noisy.dtype)  # (B, L)
         if noise is not None:
-            soft = scores.softmax(-1)
+            soft = noisy.softmax(-1)
             choice = choice - soft.detach() + soft  # value: the choice; gradient: the softmax's
-        return torch.einsum("bl,lbd->bd", choice, activations.to(choice.dtype)), logits
+        return torch.einsum("bl,lbd->bd", choice, activations.to(choice.dtype)), scores
 
-    def select_otherwise(self, activations, ids, position, noise):
-        """select for the ablations, a fixed layer or a random one; the logits (B, L) are 0 for the layer taken and -inf for the others."""
+    def ablated(self, ids, position, noise):
+        """For ablations: scores (B, L) that leave no choice, 0 for one layer and -inf for the others.
+
+        The layer is `self.layer`, if that is a number; if it is "random", one of each row's own.
+        """
+        layers = self.lm.config.num_hidden_layers
         if self.layer != "random":
-            chosen = torch.full_like(position, self.layer)  # (B,)
+            picked = torch.full_like(position, self.layer)  # (B,)
         elif noise is not None:
-            chosen = noise.argmax(-1)  # (B,)
+            picked = noise.argmax(-1)
         else:  # by the prompt alone, so that answers can be repeated
-            draws = [np.random.default_rng(row[:p + 1]).integers(len(activations)) for row, p in zip(ids.tolist(), position.tolist())]
-            chosen = torch.tensor(draws, device=ids.device)  # (B,)
-        return activations[chosen, torch.arange(len(ids), device=ids.device)], F.one_hot(chosen, len(activations)).float().log()
+            prompts = [row[:p + 1] for row, p in zip(ids.tolist(), position.tolist(), strict=True)]
+            draws = [np.random.default_rng(prompt).integers(layers) for prompt in prompts]
+            picked = torch.tensor(draws, device=ids.device)
+        return F.one_hot(picked, layers).float().log()
 
-    # Steps 1 to 4 ------------------------------------------------------------------------------------------------------------
+    # Steps 1 to 4
 
     def forward(self, batch, connection="english", noise=None, english_grad=False):
-        """The loss of a Batch: cross-entropy summed over its answer tokens (divide by their number over the whole step).
+        """The loss of a Batch: cross-entropy summed over its answer tokens (divide by their number in the whole step).
 
-        connection: "english", from the English prompt, as in training; "matrix", from the prompt itself; "none", plain fine-tuning.
+        connection: "english", from the English prompt, as in training; "matrix", from the prompt itself, as at
+            inference; "none", plain fine-tuning.
         noise (B, L): Gumbel noise for the choice of layer, in training.
-        english_grad: differentiate the English pass too. The paper's published configuration does not: its reentrant gradient
-            checkpointing runs that pass without a graph.
+        english_grad: differentiate the English pass too. The paper's published configuration does not: its reentrant
+            gradient checkpointing runs that pass without a graph.
         """
         fused = None
         if connection != "none":
             if connection == "english":
                 with torch.set_grad_enabled(english_grad and torch.is_grad_enabled()):
-                    activations = self.activations(batch.english_ids, batch.english_position)
+                    activations = self.activations(batch.english_ids, batch.english_position)  # (L, B, d)
             else:
-                prompts = batch.ids[:, :int(batch.position.max()) + 1]  # nothing after the connection position can matter
+                prompts = batch.ids[:, :int(batch.position.max()) + 1]  # nothing after the connection position matters
                 activations = self.transform(self.activations(prompts, batch.position), ["shared"] * len(prompts))
-            vector, _ = self.select(activations, batch.ids, batch.position, noise)
-            fused = vector, batch.position  # step 3, in MLP.forward of layer 0
+            vector, _ = self.select(activations, batch.ids, batch.position, noise)  # (B, d)
+            fused = vector, batch.position
         x, _ = self.lm(batch.ids, fused=fused)  # (B, T, d)
         targets = batch.labels[:, 1:]  # the token after each position
         wanted = targets != -100
-        x = x[:, :-1][wanted]  # (answer tokens, d): the prompt's logits are never computed
+        x = x[:, :-1][wanted]  # (B, T - 1, d) -> (answer tokens, d): the prompt's logits are never computed
         return F.cross_entropy(self.lm.logits(x).float(), targets[wanted], reduction="sum")
 
-    # Inference ---------------------------------------------------------------------------------------------------------------
+    # Step 6
 
     def transform(self, activations, matrix_names):
-        """H W in float32: English-like activations (L, B, d) from own-language ones, each row (B) by the matrix of its name."""
+        """H W in float32: English-like activations (L, B, d) from own-language ones, each row (B) by the W it names."""
         activations = activations.float()
         result = torch.empty_like(activations)
         with torch.autocast(activations.device.type, enabled=False):
-            for name in sorted(set(matrix_names)):
+            for name in set(matrix_names):
                 rows = [i for i, n in enumerate(matrix_names) if n == name]
                 result[:, rows] = activations[:, rows] @ self.matrices[name]
         return result
@@ -132,80 +155,81 @@ class CCTuning(nn.Module):
         """Read right-padded prompts (B, T) of these lengths (B,) into the cache, connected.
 
         connection_index: the connection position, counted from a prompt's end, -1 for its last token.
-        connection: "matrix", by the matrices of these names (B); "english", from english = (ids, lengths) of the English prompts; "none".
-        Returns the logits that follow the prompts (B, V) and the Decision Maker's (B, L), or None.
+        connection: "matrix", by the matrices of these names (B); "english", from english = (ids, lengths) of the
+            English prompts, which bounds what a matrix can give; "none".
+        Returns the logits that follow the prompts (B, V), and the Decision Maker's scores (B, L) or None.
 
-        With the matrix, H is known only after a pass over the prompt, and fusion changes layer 0's output at p alone. Attention being
-        causal, all that stood before p stays as it is: it is enough to run the tokens from p on once more, over their rows of the cache.
-        This equals a second full pass.
+        With the matrix, H is known only after a pass over the prompt, and fusion changes layer 0's output at p alone.
+        Attention being causal, all that stood before p stays as it is: it is enough to run the tokens from p on once
+        more (one for Llama, up to three for ChatML), over their rows of the cache. This equals a second full pass.
         """
-        position, decision = lengths + connection_index, None
+        position, scores = lengths + connection_index, None
         if connection == "matrix":
-            activations = self.transform(self.lm(ids, cache=cache, at=position)[1], matrix_names)
-            vector, decision = self.select(activations, ids, position)
-            tail = position[:, None] + torch.arange(-connection_index, device=ids.device)  # (B, 1 to 3)
-            x, _ = self.lm(ids.gather(1, tail), positions=tail, cache=cache, fused=(vector, torch.zeros_like(position)))
+            activations = self.transform(self.lm(ids, cache=cache, at=position)[1], matrix_names)  # (L, B, d)
+            vector, scores = self.select(activations, ids, position)  # (B, d), (B, L)
+            again = position[:, None] + torch.arange(-connection_index, device=ids.device)  # positions (B, 1 to 3)
+            fused = vector, torch.zeros_like(position)  # p is the first of these
+            x, _ = self.lm(ids.gather(1, again), positions=again, cache=cache, fused=fused)  # (B, 1 to 3, d)
         elif connection == "english":
-            activations = self.activations(english[0], english[1] + connection_index)
-            vector, decision = self.select(activations, ids, position)
-            x, _ = self.lm(ids, cache=cache, fused=(vector, position))
+            vector, scores = self.select(self.activations(english[0], english[1] + connection_index), ids, position)
+            x, _ = self.lm(ids, cache=cache, fused=(vector, position))  # (B, T, d)
             x = x[torch.arange(len(ids), device=ids.device), lengths - 1][:, None]  # (B, 1, d)
         else:
-            x, _ = self.lm(ids, cache=cache, at=lengths - 1)
-        return self.lm.logits(x[:, -1]), decision
+            x, _ = self.lm(ids, cache=cache, at=lengths - 1)  # (B, 1, d)
+        return self.lm.logits(x[:, -1]), scores
 
 
-def gumbel_noise(seed, step, samples, layers):
-    """Gumbel noise (B, L) for samples (numbers) in a step: the same however samples are spread over batches and processes."""
-    return torch.tensor(np.stack([np.random.default_rng((seed, step, i)).gumbel(size=layers) for i in samples]), dtype=torch.float32)
-
-
-# -------------------------------------------------------------------------------------------------------------- Transform Matrix
+# --------------------------------------------------------------------------------------- step 5: the Transform Matrix
 
 class MatrixSums:
-    """X'X and X'Y, all that least squares needs of any number of prompts: O(d^2) memory, and sums of several processes just add up.
+    """X'X and X'Y, all that least squares needs of any number of prompts: O(d^2) memory, and several processes' add up.
 
-    Kept in float64 for each of `names`: the languages, or "shared" alone.
+    Kept in float64, (2, d, d) for each of `names`: the languages, or "shared" alone.
     """
 
     def __init__(self, names, width, device="cpu"):
         self.sums = {name: torch.zeros(2, width, width, dtype=torch.float64, device=device) for name in names}
 
     def add(self, own, english, names):
-        """Take in activations X and Y (L, B, d) of prompts and of their English versions; names (B): the matrix each prompt belongs to."""
-        for name in sorted(set(names)):
+        """Take in X and Y (L, B, d), H of prompts and of their English versions; names (B): the matrix of each."""
+        for name in set(names):
             rows = [i for i, n in enumerate(names) if n == name]
-            x, y = (h[:, rows].flatten(0, 1).double() for h in (own, english))  # (L * rows, d)
+            x, y = (h[:, rows].flatten(0, 1).double() for h in (own, english))  # (L, rows, d) -> (L * rows, d)
             self.sums[name][0].addmm_(x.T, x)
             self.sums[name][1].addmm_(x.T, y)
 
     def solve(self, ridge=0.0):
         """{name: W} in float32, with "shared" from all prompts together."""
-        return {name: least_squares(*sums, ridge).float() for name, sums in {**self.sums, "shared": sum(self.sums.values())}.items()}
+        sums = {**self.sums, "shared": sum(self.sums.values())}
+        return {name: least_squares(xx, xy, ridge).float() for name, (xx, xy) in sums.items()}
 
 
 def least_squares(xx, xy, ridge=0.0):
-    """The W of least norm among those that minimise ||X W - Y||^2 + ridge * mean(diag(X'X)) * ||W||^2, from xx = X'X and xy = X'Y."""
+    """The W (d, d) that minimises ||X W - Y||^2 + ridge * mean(diag(X'X)) * ||W||^2, from xx = X'X and xy = X'Y.
+
+    Where there are several, the one of least norm.
+    """
     penalty = ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
     return torch.linalg.pinv(xx + penalty, hermitian=True) @ xy
 
 
 def r_squared(matrix, own, english):
-    """How much of the English activations Y (L, N, d) the matrix explains from X (L, N, d), layer by layer: (L,), 1 is all.
+    """How much of Y (L, N, d) the matrix explains from X (L, N, d), layer by layer: (L,), 1 is all.
 
-    R2_l = 1 - sum (Y_l - X_l W)^2 / sum (Y_l - mean Y_l)^2. Pooled over layers, the last one's large norm would hide the others.
+    R2_l = 1 - sum (Y_l - X_l W)^2 / sum (Y_l - mean Y_l)^2. Pooled, the last layer's large norm would hide the others.
     """
     own, english = own.double(), english.double()
     residual = (english - own @ matrix.double()).square().sum((1, 2))
     return 1 - residual / (english - english.mean(1, keepdim=True)).square().sum((1, 2))
 
 
-# ------------------------------------------------------------------------------------------------------------ loading and saving
+# ------------------------------------------------------------------------------------------------- loading and saving
 
 def load_cctuning(folder, dtype=None, device="cpu", seed=0, shard=None):
-    """The model of a checkpoint folder with what CC-Tuning added to it. A plain checkpoint's Decision Maker starts at random.
+    """The model of a checkpoint folder with what CC-Tuning added. A plain checkpoint's Decision Maker starts at random.
 
     shard(cc): spreads the model, before it has weights, over processes; returns `local` of model.fill.
+    Raises UserError for a cctuning.safetensors that is of another model, or not whole; and what model.fill raises.
     """
     cc = CCTuning(empty_model(folder), seed)
     decision_maker = cc.decision_maker.weight.detach().clone()
@@ -216,24 +240,26 @@ def load_cctuning(folder, dtype=None, device="cpu", seed=0, shard=None):
     path = Path(folder) / FILE
     if path.exists():
         with open_tensors(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     else:
         path = folder
         tensors = {"decision_maker.weight": w for w in cc.lm.extra.values()}
-    if tensors and "decision_maker.weight" not in tensors or (len(tensors) > 1 and "transform_matrix" not in tensors):
-        raise UserError(f"{path}: lacks decision_maker.weight or transform_matrix; fit the matrix again with train.py --epochs 0")
+    if (tensors and "decision_maker.weight" not in tensors) or (len(tensors) > 1 and "transform_matrix" not in tensors):
+        raise UserError(f"{path}: lacks decision_maker.weight or transform_matrix; fit the matrix again with train.py "
+                        "--epochs 0")
     width = cc.lm.config.hidden_size
+    shapes = {name: (width, width) for name in tensors if name.split(".")[0] == "transform_matrix"}
+    shapes["decision_maker.weight"] = tuple(decision_maker.shape)
     for name, tensor in tensors.items():
-        weight = name == "decision_maker.weight"
-        if not weight and name.split(".")[0] != "transform_matrix":
-            raise UserError(f"{path}: unexpected tensor {name}; train again or fit the matrix again with train.py --epochs 0")
-        shape = tuple(cc.decision_maker.weight.shape) if weight else (width, width)
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {shape}; it was made for another model")
-        if weight:
-            decision_maker, cc.trained = tensor.float(), True
-        else:
-            cc.matrices[name.removeprefix("transform_matrix").removeprefix(".") or "shared"] = tensor.float().to(device)
+        if name not in shapes:
+            raise UserError(f"{path}: unexpected tensor {name}; fit the matrix again with train.py --epochs 0")
+        if tuple(tensor.shape) != shapes[name]:
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {shapes[name]}; it was "
+                            "made for another model")
+    cc.trained = "decision_maker.weight" in tensors
+    decision_maker = tensors.pop("decision_maker.weight", decision_maker).float()
+    cc.matrices = {name.removeprefix("transform_matrix").removeprefix(".") or "shared": w.float().to(device)
+                   for name, w in tensors.items()}
     if local is None:
         cc.decision_maker.weight = nn.Parameter(decision_maker.to(device))
     else:
@@ -243,6 +269,6 @@ def load_cctuning(folder, dtype=None, device="cpu", seed=0, shard=None):
 
 
 def cctuning_tensors(decision_maker, matrices):
-    """{name: tensor} of cctuning.safetensors."""
-    names = {name: "transform_matrix" if name == "shared" else f"transform_matrix.{name}" for name in matrices}
-    return {"decision_maker.weight": decision_maker.float(), **{names[name]: w for name, w in matrices.items()}}
+    """{name: tensor} of cctuning.safetensors, from W_d (L, d) and {name: W (d, d)}."""
+    named = {"transform_matrix" if name == "shared" else f"transform_matrix.{name}": w for name, w in matrices.items()}
+    return {"decision_maker.weight": decision_maker.float(), **named}

@@ -8,7 +8,7 @@ input, which CC-Tuning has added to its output (MLP.forward).
     T      tokens of a row                      d      hidden size
     K      tokens that a query may look at      V      vocabulary
     heads  query heads                          D      head size
-    kv     key/value heads                      H      the paper's H: FFN activations of one token in every layer
+    kv     key/value heads                      H      FFN activations of one token in every layer, (L, B, d)
 
     config = Config.read(folder)                    the architecture
     model = load_model(folder)                      the decoder with its weights
