@@ -33,7 +33,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from infer import DATA, DEFAULT_MODEL, Engine, add_engine_options, default_model, write_lines
-from model import Config, Tokenizer, UserError, at_least, check_folder, instruction, read_json_lines, run_script, weight_files, write_text
+from model import Config, Help, Tokenizer, UserError, at_least, check_folder, instruction, read_json_lines, run_script, weight_files, write_text
 
 OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # the answers to choose from; other tasks are answered freely
 METRICS = {**dict.fromkeys(OPTIONS, ("accuracy",)), "XLSum": ("rouge_l",), **dict.fromkeys(("XQuAD", "MKQA"), ("contained", "exact", "f1"))}
@@ -42,14 +42,14 @@ RESAMPLES, PERMUTATIONS = 1000, 10000
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", nargs="+", metavar="DIR", help=f"checkpoint folders; the table has a column for each {DEFAULT_MODEL}")
     add("--data", default=str(DATA / "test"), metavar="DIR", help="folder of benchmarks (default: the embedded data/test)")
     add("--tasks", metavar="TASK,...", help="folders of --data (default: all that have prompts)")
     add("--langs", metavar="CODE,...", help="languages (default: all that a task has)")
     add("--limit", type=at_least(1), metavar="N", help="only the first N items of each language")
-    add("--out", default="out/eval", metavar="DIR", help="folder for results.json, results.md and the answers (default %(default)s)")
+    add("--out", default="out/eval", metavar="DIR", help="folder for results.json, results.md and the answers")
     add("--plot", metavar="DIR", help="folder for figures (needs matplotlib)")
     add_engine_options(parser, connections="+")
     parser.set_defaults(max_new_tokens=32)

@@ -28,34 +28,31 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from cctuning import load_cctuning
-from model import (TEMPLATES, Config, Tokenizer, UserError, at_least, check_folder, holds_model, instruction, new_cache,
-                   pad, read_json_lines, read_records, run_script, text_field, write_text)
+from model import (TEMPLATES, Config, Help, Tokenizer, UserError, at_least, check_folder, holds_model, instruction,
+                   new_cache, pad, read_json_lines, read_records, run_script, text_field, write_text)
 
 DATA = Path(os.path.relpath(Path(__file__).resolve().parent / "data"))
 LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # of the paper's evaluation
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("--model", metavar="DIR", help=f"checkpoint folder, as train.py leaves it; a plain one answers unconnected "
-        f"(default: {DEFAULT_MODEL})")
-    add("--lang", metavar="CODE", help="language of the prompts where their lines have no \"lang\"; "
-        "--matrix per_language goes by it")
+    add("--model", metavar="DIR", help=f"checkpoint folder; a plain one answers unconnected (default: {DEFAULT_MODEL})")
+    add("--lang", metavar="CODE", help="language of the prompts where their lines have no \"lang\"; --matrix "
+        "per_language goes by it")
     add("--prompt", metavar="TEXT", help="a prompt, or - for a prompt per line of standard input")
     add("--prompt_en", metavar="TEXT", help="its English version, for --connection english")
     add("--input", metavar="FILE", help="prompts as JSON lines or a JSON list: \"instruction\", optional "
         "\"instruction_en\", \"lang\" and \"input\"")
-    add("--output", metavar="FILE", help="where the lines of --input go with \"answer\" added "
-        "(default: standard output)")
+    add("--output", metavar="FILE", help="where the lines of --input go, with \"answer\" added (default: standard "
+        "output)")
     add("--explain", action="store_true", help="show the chosen layer and the Decision Maker's probabilities")
     add_engine_options(parser)
-    add("--temperature", type=at_least(0, float), default=0.0, metavar="X", help="of sampling; 0 takes the likeliest "
-        "token (default: %(default)s)")
-    add("--top_p", type=at_least(0, float), default=1.0, metavar="X", help="sample among the likeliest tokens of this "
-        "probability together (default: %(default)s)")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="of sampling; an answer does not depend on the other "
-        "prompts (default: %(default)s)")
+    add("--temperature", type=at_least(0, float), default=0.0, metavar="X", help="of sampling; 0: the likeliest token")
+    add("--top_p", type=at_least(0, float), default=1.0, metavar="X", help="sample among the likeliest tokens that "
+        "have this probability together")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of sampling; other prompts do not change an answer")
     return parser.parse_args(argv)
 
 
@@ -65,12 +62,10 @@ def add_engine_options(parser, connections=None):
     add("--connection", nargs=connections, choices=("matrix", "english", "none"), help="matrix: from the prompt "
         "itself, through the Transform Matrix; english: from its instruction_en, the bound of what a matrix can give; "
         "none: the plain model (default: matrix, where there is one)")
-    add("--matrix", choices=("shared", "per_language"), default="shared", help="one matrix for all, as in the paper, "
-        "or the language's own (default: %(default)s)")
-    add("--max_new_tokens", type=at_least(1), default=256, metavar="N", help="length of an answer at most "
-        "(default: %(default)s)")
-    add("--batch_size", type=at_least(1), default=16, metavar="N", help="prompts answered together "
-        "(default: %(default)s)")
+    add("--matrix", choices=("shared", "per_language"), default="shared", help="one for all, as in the paper, or the "
+        "language's own")
+    add("--max_new_tokens", type=at_least(1), default=256, metavar="N", help="length of an answer at most")
+    add("--batch_size", type=at_least(1), default=16, metavar="N", help="prompts answered together")
     add("--template", choices=TEMPLATES, help="chat template (default: told by the checkpoint)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the computation (default: as the weights are "
         "stored)")

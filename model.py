@@ -96,8 +96,7 @@ class Config:
         }
         for what, found in not_implemented.items():
             if found:
-                raise UserError(f"{path}: {what} is not implemented; use a Llama, Mistral or Qwen 2.5 checkpoint "
-                                "without it")
+                raise UserError(f"{path}: {what} is not implemented; use a Llama, Mistral or Qwen 2.5 without it")
 
         def number(source, key, default=None, kind=int):
             value = default if source.get(key) is None else source[key]
@@ -124,8 +123,7 @@ class Config:
                 and isinstance(languages := cctuning.get("languages", []), list)
                 and all(isinstance(lang, str) for lang in languages)
                 and cctuning.get("layer", "random") in ("decision_maker", "random", *range(layers))):
-            raise UserError(f"{path}: tie_word_embeddings, eos_token_id or cctuning is of the wrong type; restore the "
-                            "file")
+            raise UserError(f"{path}: tie_word_embeddings, eos_token_id or cctuning is malformed; restore the file")
         return cls(
             model_type=family,
             vocab_size=number(raw, "vocab_size"),
@@ -386,7 +384,7 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 def open_tensors(path):
     """safe_open, with an error that names the file."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: not found; copy the whole checkpoint folder again")
+        raise UserError(f"{path}: not found; copy the folder again")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -400,8 +398,7 @@ def weight_files(folder):
         with open_tensors(folder / "model.safetensors") as file:
             return {folder / "model.safetensors": list(file.keys())}
     if not (folder / INDEX).exists():
-        raise UserError(f"{folder}: no model.safetensors and no {INDEX}; a checkpoint in another format must be "
-                        "converted to safetensors")
+        raise UserError(f"{folder}: no model.safetensors and no {INDEX}; convert other formats to safetensors")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not (isinstance(weight_map, dict)
             and all(isinstance(file, str) and Path(file).name == file for file in weight_map.values())):
@@ -433,15 +430,13 @@ def fill(model, folder, dtype=None, device="cpu", local=None):
             held = set(file.keys())
             for name in names:
                 if name not in held:
-                    raise UserError(f"{path}: has no tensor {name}, which {INDEX} says it holds; copy the whole "
-                                    "checkpoint folder again")
+                    raise UserError(f"{path}: lacks {name}, which {INDEX} says it holds; copy the folder again")
                 if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied):
                     continue
                 stored = file.get_slice(name)
                 shape, kind = tuple(stored.get_shape()), stored.get_dtype()
                 if kind not in FLOATS:
-                    raise UserError(f"{path}: {name} is stored as {kind}; quantised weights are not implemented, use "
-                                    "the float checkpoint")
+                    raise UserError(f"{path}: {name} is stored as {kind}, which is not implemented; use float weights")
                 if name == PAPER_DECISION_MAKER:
                     model.extra[name] = file.get_tensor(name)
                     continue
@@ -449,7 +444,7 @@ def fill(model, folder, dtype=None, device="cpu", local=None):
                     raise UserError(f"{path}: unexpected tensor {name}; config.json describes another model")
                 if shape != tuple(parameters[name].shape):
                     raise UserError(f"{path}: {name} has shape {shape}, config.json says "
-                                    f"{tuple(parameters[name].shape)}; one of the two is another model's")
+                                    f"{tuple(parameters[name].shape)}; one is of another model")
                 model.stored[name] = FLOATS[kind]
                 if local is None:
                     tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
@@ -458,8 +453,7 @@ def fill(model, folder, dtype=None, device="cpu", local=None):
                     part.copy_(stored[rows] if len(part) else part)
     missing = sorted(parameters.keys() - model.stored.keys())
     if missing:
-        raise UserError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} the first; copy the whole "
-                        "checkpoint folder again")
+        raise UserError(f"{folder}: lacks {len(missing)} tensors, {missing[0]} the first; copy the folder again")
     if local is None:
         model.load_state_dict(tensors, strict=True, assign=True)
     if dtype is None:  # one dtype throughout, also where norms are stored in another
@@ -492,7 +486,7 @@ def save_checkpoint(out, source, tensors, entry, extra=None, shard_bytes=5_000_0
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
 
-    shards, shard, size, total = [], {}, 0, 0  # names in each file, the file being filled, its bytes, all bytes
+    shards, shard, size, total = [], {}, 0, 0  # names in each file, the file to come, its bytes, all bytes
 
     def close_shard():
         save_file(shard, staging / f"{len(shards)}.tmp", metadata={"format": "pt"})
@@ -584,16 +578,14 @@ class Tokenizer:
             raise UserError(f"{path}: it or tokenizer_config.json is malformed ({error!r}); restore both") from None
         needed = max([self.size, *(i + 1 for i in self.control.values())])
         if needed > config.vocab_size:
-            raise UserError(f"{path}: has {needed} tokens, the model's embedding only {config.vocab_size}; one of the "
-                            "two is another model's")
+            raise UserError(f"{path}: has {needed} tokens, the model {config.vocab_size}; one is of another model")
 
         self.template, self.notice = template or config.cctuning.get("template"), None
         if self.template is None:
             known = [name for name, t in TEMPLATES.items() if t.control and self.control.keys() >= set(t.control)]
             jinja = folder / "chat_template.jinja"
             if not known and "[INST]" in (read_text(jinja) if jinja.exists() else str(settings.get("chat_template"))):
-                raise UserError(f"{folder}: its chat template uses [INST], which is no token of the tokenizer; give "
-                                "--template llama2 or mistral")
+                raise UserError(f"{folder}: [INST] of its chat template is no token; give --template llama2 or mistral")
             if not known:
                 self.notice = f"{folder}: no chat template recognised, using plain (--template names another)"
             self.template = (known or ["plain"])[0]
@@ -602,22 +594,18 @@ class Tokenizer:
         t = TEMPLATES[self.template]
         for name in t.control:
             if name not in self.control:
-                raise UserError(f"{path}: template {self.template} needs the control token {name}, which the tokenizer "
-                                "lacks; give another --template")
+                raise UserError(f"{path}: lacks {name} of the template {self.template}; give another --template")
             if self.control[name] in self.encode(name):
-                raise UserError(f"{path}: the text {name} would become a control token; make it a control piece of the "
-                                "tokenizer")
+                raise UserError(f"{path}: the text {name} would become a control token; make it a control piece")
         between = "|".join(f"({re.escape(name)})" for name in t.control) or r"(?!)"
         self._pieces = [p for p in re.split(between, t.text) if p]  # control tokens and the texts between them
 
         listed = generation.get("eos_token_id", [])
         listed = [*(listed if isinstance(listed, list) else [listed]), *config.eos_token_ids]
         if not all(isinstance(i, int) for i in listed):
-            raise UserError(f"{folder}/generation_config.json: eos_token_id is {listed!r}, expected an id or a list of "
-                            "ids; restore the file")
+            raise UserError(f"{folder}/generation_config.json: eos_token_id is {listed!r}, no ids; restore the file")
         if t.end_of_turn is None and self.eos is None and not listed:
-            raise UserError(f"{folder}: no EOS token in the tokenizer, config.json or generation_config.json; add "
-                            "eos_token_id to config.json")
+            raise UserError(f"{folder}: no EOS token in any of its files; add eos_token_id to config.json")
         self.eos = listed[0] if self.eos is None and listed else self.eos
         self.end_of_turn = self.eos if t.end_of_turn is None else self.control[t.end_of_turn]
         self.stop = {self.end_of_turn, *listed} | ({self.eos} - {None})
@@ -630,8 +618,7 @@ class Tokenizer:
         try:
             sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise UserError(f"{path}: not a SentencePiece model; restore it, or remove it if tokenizer.json is the "
-                            "model's tokenizer") from None
+            raise UserError(f"{path}: not a SentencePiece model; restore it, or remove it for tokenizer.json") from None
         self.encode, self._decode, self.size = sp.encode, sp.decode, sp.get_piece_size()
         self.control = {sp.id_to_piece(i): i for i in range(self.size) if sp.is_control(i)}
         # Control tokens that were added to a SentencePiece vocabulary later stand beside it.
@@ -704,6 +691,14 @@ def run_script(main, speak=True):
         if speak:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help: a script's docstring as it stands, and each option's default where its text does not say it."""
+
+    def _get_help_string(self, action):
+        said = action.default in (None, False, argparse.SUPPRESS) or "(default" in action.help
+        return action.help if said else action.help + " (default: %(default)s)"
 
 
 def at_least(low, kind=int):
