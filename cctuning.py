@@ -242,8 +242,8 @@ def load_cctuning(folder, dtype=None, device="cpu", seed=0, shard=None):
         with open_tensors(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     else:
-        path = folder
-        tensors = {"decision_maker.weight": w for w in cc.lm.extra.values()}
+        path, paper = folder, cc.lm.source_select
+        tensors = {} if paper is None else {"decision_maker.weight": paper}
     if (tensors and "decision_maker.weight" not in tensors) or (len(tensors) > 1 and "transform_matrix" not in tensors):
         raise UserError(f"{path}: lacks decision_maker.weight or transform_matrix; fit the matrix again with train.py "
                         "--epochs 0")

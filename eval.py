@@ -486,7 +486,7 @@ def main():
     write_text(out / "results.json", json.dumps(everything, indent=1))
     write_text(out / "results.md", markdown + "\n")
     if args.plot:
-        layers = [{f"{task} {lang}": [row["layer"] for row in rows] for (task, lang), rows in found.items()}
+        layers = [{f"{task} {lang}": [item["layer"] for item in items] for (task, lang), items in found.items()}
                   for found in answered]
         connected = {column: chosen for column, chosen in zip(columns, layers, strict=True)
                      if None not in next(iter(chosen.values()))}

@@ -202,8 +202,7 @@ class Engine:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
         for start in range(rank * batch_size, len(order), world * batch_size):
             part = order[start:start + batch_size]
-            for found in self.generate([prompts[i] for i in part], *options):
-                pass
+            *_, found = self.generate([prompts[i] for i in part], *options)
             for i, answer in zip(part, found, strict=True):
                 answers[i] = answer
             if progress is not None:

@@ -420,11 +420,11 @@ def fill(model, folder, dtype=None, device="cpu", local=None):
 
     local(parameter): for a model that is spread over processes, the tensor of this one's part and the rows of the whole
         that are in it; only these are read.
-    Sets `stored` to each tensor's dtype as stored, and `extra` to the Decision Maker's weight where a checkpoint of the
-    paper's own code carries it. Raises UserError for whatever is missing, left over or of the wrong shape.
+    Sets `stored` to each tensor's dtype as stored, and `source_select` to the Decision Maker's weight where a checkpoint
+    of the paper's own code carries it. Raises UserError for whatever is missing, left over or of the wrong shape.
     """
     folder, parameters, tied = Path(folder), dict(model.named_parameters()), model.config.tie_word_embeddings
-    tensors, model.stored, model.extra = {}, {}, {}
+    tensors, model.stored, model.source_select = {}, {}, None
     for path, names in weight_files(folder).items():
         with open_tensors(path) as file:
             held = set(file.keys())
@@ -438,7 +438,7 @@ def fill(model, folder, dtype=None, device="cpu", local=None):
                 if kind not in FLOATS:
                     raise UserError(f"{path}: {name} is stored as {kind}, which is not implemented; use float weights")
                 if name == PAPER_DECISION_MAKER:
-                    model.extra[name] = file.get_tensor(name)
+                    model.source_select = file.get_tensor(name)
                     continue
                 if name not in parameters:
                     raise UserError(f"{path}: unexpected tensor {name}; config.json describes another model")
