@@ -420,7 +420,7 @@ def fill(model, folder, dtype=None, device="cpu", local=None):
 
     local(parameter): for a model that is spread over processes, the tensor of this one's part and the rows of the whole
         that are in it; only these are read.
-    Sets `stored` to each tensor's dtype as stored, and `source_select` to the Decision Maker's weight if a checkpoint of
+    Sets `stored` to each tensor's dtype as stored; `source_select` to the Decision Maker's weight, if a checkpoint of
     the paper's own code carries it. Raises UserError for whatever is missing, left over or of the wrong shape.
     """
     folder, parameters, tied = Path(folder), dict(model.named_parameters()), model.config.tie_word_embeddings
