@@ -5,7 +5,7 @@
     python infer.py --model DIR --lang sw --input FILE.jsonl --output FILE.jsonl   # "instruction" in, "answer" added
     cat questions.txt | python infer.py --model DIR --lang sw --prompt -           # a prompt a line, an answer a line
 
-What happens to a prompt, in the letters of cctuning.py:
+In the letters of cctuning.py, what happens to a prompt:
     Engine.prompt      text to ids: the chat template, one BOS                                 (T,)
     Engine.generate    prompts of like length together, right-padded                           (B, T)
     CCTuning.prefill   a pass fills the cache and gives H at the connection position           (L, B, d)
@@ -36,7 +36,7 @@ LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\nIn the letters")[0], formatter_class=Help)
     add = parser.add_argument
     add("--model", metavar="DIR", help=f"checkpoint folder; a plain one answers unconnected (default: {DEFAULT_MODEL})")
     add("--lang", metavar="CODE", help="language of the prompts where their lines have no \"lang\"; --matrix "

@@ -697,8 +697,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """--help: a script's docstring as it stands, and each option's default where its text does not say it."""
 
     def _get_help_string(self, action):
-        said = action.default in (None, False, argparse.SUPPRESS) or "(default" in action.help
-        return action.help if said else action.help + " (default: %(default)s)"
+        none = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        return action.help if none or "(default" in action.help else action.help + " (default: %(default)s)"
 
 
 def at_least(low, kind=int):

@@ -12,7 +12,7 @@ FILE has JSON lines or a JSON list of {"instruction": own language, "instruction
 "output": answer}, optional "lang", and "input" that is appended to the instruction. DIR is a Hugging Face checkpoint
 folder; the result is one too, ready for infer.py.
 
-In the letters of cctuning.py:
+In the letters of cctuning.py, what happens to a training file:
     read_samples      a line becomes a Sample: ids of x and e
     plan              an epoch's samples become steps of --batch_size, rows of like length together
     deal, collate     a process's share of a step, --micro_batch at a time, becomes a Batch: x (B, T), e (B, Te), p (B,)
@@ -72,7 +72,7 @@ def layer_choice(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\nIn the letters")[0], formatter_class=Help)
     add = parser.add_argument_group("files").add_argument
     add("--model", metavar="DIR", help="checkpoint folder to start from (default: the embedded data/base)")
     embedded = " ".join(f"--{name} {EMBEDDED[name]}" for name in ("epochs", "batch_size", "micro_batch", "lr"))
@@ -84,7 +84,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("training").add_argument
     add("--method", choices=("cc", "sft"), default="cc", help="CC-Tuning, or plain fine-tuning")
-    add("--epochs", type=at_least(0), default=3, metavar="N", help="0: only fit the matrix")
+    add("--epochs", type=at_least(0), default=3, metavar="N", help="passes over --data; 0: only fit the matrix")
     add("--batch_size", type=at_least(1), default=128, metavar="N", help="samples a step, over all processes")
     add("--lr", type=at_least(0, float), default=1e-5, metavar="X", help="peak learning rate; 10%% warm-up, cosine")
     add("--max_length", type=at_least(2), metavar="N", help="tokens of prompt and answer (default: 1024, or what the "
@@ -537,7 +537,7 @@ def run(args, stopped):
     say(f"{args.method} on {workers.world} x {workers.device.type}, {str(workers.dtype).removeprefix('torch.')}: "
         f"{len(samples)} samples, {len(steps)} steps" + (f", resumed after step {start}" if start else ""))
     skipped = skipped_in_all = 0  # steps: in a row, and together
-    progress = tqdm(total=len(steps), initial=start, desc="train", disable=None if main_process and steps else True)
+    progress = tqdm(total=len(steps), initial=start, desc="train ", disable=None if main_process and steps else True)
     for step, (epoch, numbers) in list(enumerate(steps))[start:]:
         began, lr = time.perf_counter(), learning_rate(step, len(steps), args.lr)
         for group in optimizer.param_groups:

@@ -1,0 +1,42 @@
+"""README.md against the code. The commands it marks as runnable are run by .ci/run; here is what a run does not show."""
+import importlib
+import re
+from functools import reduce
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| (.+?) \| \[(\w+)\.py\]\(\2\.py\) \| (.+) \|$", README, re.MULTILINE)  # of "The paper in the code"
+COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+            for line in re.findall(r"(\w+)\.py ([^#|;&\n]*)", block.replace("\\\n", " "))]
+
+
+@pytest.mark.parametrize("step, file, names", ROWS, ids=[row[0][:30] for row in ROWS])
+def test_the_paper_in_the_code(step, file, names):
+    """Catches a function that was renamed, moved to another file or removed, and is still shown to the reader."""
+    for name in re.findall(r"`([\w.]+)`", names):
+        reduce(getattr, name.split("."), importlib.import_module(file))
+
+
+def test_every_step_is_shown():
+    """Catches a table that can no longer be read here: the test above would then pass by being empty."""
+    assert len(ROWS) >= 12 and len(re.findall(r"`[\w.]+`", " ".join(row[2] for row in ROWS))) >= 18
+
+
+@pytest.mark.parametrize("script", ["train", "infer", "eval"])
+def test_options(script, capsys):
+    """Catches an option that was renamed or removed, also in commands that need several nodes."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args(["--help"])
+    known = set(re.findall(r"--\w+", capsys.readouterr().out))
+    used = {flag for name, arguments in COMMANDS if name == script for flag in re.findall(r"--\w+", arguments)}
+    assert len(used) >= 3 and used <= known, used - known
+
+
+def test_links():
+    """Catches a figure or page that was moved or not committed."""
+    for text in ("README.md", "data/README.md", "data/RESULTS.md"):
+        for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / text).read_text(encoding="utf-8")):
+            assert (ROOT / text).parent.joinpath(link).exists(), (text, link)
