@@ -16,13 +16,15 @@
 Training (CCTuning.forward)
     1. English pass: H of e at its own p.                                      No gradient, unless english_grad.
     2. Decision Maker: s = W_d mean_l(H_l + emb(x)[p]), a score per layer; one is drawn by straight-through
-       Gumbel-Softmax.
-    3. Fusion: the H_l of that layer is added to the FFN output of layer 0 in x's pass, at p and nowhere else.
+       Gumbel-Softmax. (emb is the token embedding; the token at p is the template's, the same for every prompt.)
+    3. Fusion: the H_l of that layer is added to the FFN output of layer 0, the first, in x's pass, at p and nowhere
+       else.
     4. Loss: next-token cross-entropy on the answer.
 After training (MatrixSums)
-    5. Transform Matrix: W = argmin ||X W - Y||, with X the H of x and Y the H of e, over many prompts and all layers.
+    5. Transform Matrix: W = argmin ||X W - Y||, with X the H of x and Y the H of e, a row for each layer of each of
+       many prompts. English prompts are left out.
 Inference (CCTuning.prefill)
-    6. x alone: H W in place of the English H, then 2 (the argmax) and 3, then ordinary decoding.
+    6. x alone: H W in place of the English H, then 2 (the argmax) and 3, then ordinary decoding. English prompts too.
 
 What it asks of the language model `lm` is one call: lm(ids, at=p) returns H beside the decoder's output, lm(ids,
 fused=(v, p)) adds the vectors v (B, d) to layer 0's FFN output at p.
@@ -35,7 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError, empty_model, fill, open_tensors
+from model import UserError, empty_model, load_weights, open_tensors
 
 FILE = "cctuning.safetensors"  # beside the weights: decision_maker.weight, transform_matrix, transform_matrix.LANG
 
@@ -63,10 +65,10 @@ class CCTuning(nn.Module):
         config = lm.config
         self.lm = lm
         self.decision_maker = nn.Linear(config.hidden_size, config.num_hidden_layers, bias=False)  # W_d
-        start = torch.Generator().manual_seed(seed)
-        nn.init.normal_(self.decision_maker.weight, std=config.initializer_range, generator=start)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.decision_maker.weight, std=config.initializer_range, generator=generator)
         self.trained = False  # is the Decision Maker more than its random start?
-        self.layer = config.cctuning.get("layer", "decision_maker")  # who picks; for ablations see `ablated`
+        self.source_layer = config.cctuning.get("source_layer", "decision_maker")  # who picks; otherwise see `ablated`
         self.matrices = {}    # W by name, (d, d) float32: "shared", and a language's own
 
     # Step 1
@@ -83,7 +85,7 @@ class CCTuning(nn.Module):
         With Gumbel noise (B, L), a layer is drawn and gradients pass as through a softmax (straight-through, tau = 1);
         without, it is the argmax. Returns the chosen vector (B, d) and the scores s (B, L), before noise.
         """
-        if self.layer == "decision_maker":
+        if self.source_layer == "decision_maker":
             rows = torch.arange(len(ids), device=ids.device)
             embedding = self.lm.model.embed_tokens(ids[rows, position])  # (B, d)
             scores = self.decision_maker((activations + embedding).float().mean(0)).float()  # (L, B, d) -> (B, L)
@@ -99,11 +101,11 @@ class CCTuning(nn.Module):
     def ablated(self, ids, position, noise):
         """For ablations: scores (B, L) that leave no choice, 0 for one layer and -inf for the others.
 
-        The layer is `self.layer`, if that is a number; if it is "random", one of each row's own.
+        The layer is `self.source_layer`, if that is a number; if it is "random", one of each row's own.
         """
         layers = self.lm.config.num_hidden_layers
-        if self.layer != "random":
-            picked = torch.full_like(position, self.layer)  # (B,)
+        if self.source_layer != "random":
+            picked = torch.full_like(position, self.source_layer)  # (B,)
         elif noise is not None:
             picked = noise.argmax(-1)
         else:  # by the prompt alone, so that answers can be repeated
@@ -228,31 +230,30 @@ def r_squared(matrix, own, english):
 def load_cctuning(folder, dtype=None, device="cpu", seed=0, shard=None):
     """The model of a checkpoint folder with what CC-Tuning added. A plain checkpoint's Decision Maker starts at random.
 
-    shard(cc): spreads the model, before it has weights, over processes; returns `local` of model.fill.
-    Raises UserError for a cctuning.safetensors that is of another model, or not whole; and what model.fill raises.
+    shard(cc): spreads the model, before it has weights, over processes; returns `local` of model.load_weights.
+    Raises UserError for a cctuning.safetensors that is of another model, or not whole; and as model.load_weights does.
     """
     cc = CCTuning(empty_model(folder), seed)
     decision_maker = cc.decision_maker.weight.detach().clone()
     local = shard(cc) if shard else None
     if shard:
         cc.to_empty(device=device)
-    fill(cc.lm, folder, dtype, device, local)
+    load_weights(cc.lm, folder, dtype, device, local)
     path = Path(folder) / FILE
     if path.exists():
         with open_tensors(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     else:
-        path, paper = folder, cc.lm.source_select
+        path, paper = folder, cc.lm.paper_decision_maker
         tensors = {} if paper is None else {"decision_maker.weight": paper}
     if (tensors and "decision_maker.weight" not in tensors) or (len(tensors) > 1 and "transform_matrix" not in tensors):
-        raise UserError(f"{path}: lacks decision_maker.weight or transform_matrix; fit the matrix again with train.py "
-                        "--epochs 0")
+        raise UserError(f"{path}: lacks decision_maker.weight or transform_matrix; copy the file again, or train again")
     width = cc.lm.config.hidden_size
     shapes = {name: (width, width) for name in tensors if name.split(".")[0] == "transform_matrix"}
     shapes["decision_maker.weight"] = tuple(decision_maker.shape)
     for name, tensor in tensors.items():
         if name not in shapes:
-            raise UserError(f"{path}: unexpected tensor {name}; fit the matrix again with train.py --epochs 0")
+            raise UserError(f"{path}: unexpected tensor {name}; copy the file again, or train again")
         if tuple(tensor.shape) != shapes[name]:
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {shapes[name]}; it was "
                             "made for another model")

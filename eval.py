@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from infer import DATA, DEFAULT_MODEL, Engine, add_engine_options, default_model, write_lines
+from infer import DATA, WHICH_MODEL, Engine, add_engine_options, default_model, write_lines
 from model import (Config, Help, Tokenizer, UserError, at_least, check_folder, instruction, read_json_lines, run_script,
                    weight_files, write_text)
 
@@ -49,7 +49,7 @@ RESAMPLES, PERMUTATIONS = 1000, 10000
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("--model", nargs="+", metavar="DIR", help=f"checkpoint folders, to compare (default: {DEFAULT_MODEL})")
+    add("--model", nargs="+", metavar="DIR", help=f"checkpoint folders, to compare (default: {WHICH_MODEL})")
     add("--data", default=str(DATA / "test"), metavar="DIR", help="folder of benchmarks (default: the embedded "
         "data/test)")
     add("--tasks", metavar="TASK,...", help="folders of --data (default: all that have prompts)")
@@ -447,7 +447,7 @@ def main():
     # A column is a model with one connection: its answers, written as they come, and their scores.
     columns, answered, results = [], [], []  # answered: {(task, lang): scored answers} of each column
     for model in args.model:
-        engine = Engine(model, args, "none")
+        engine = Engine(model, "none", args.matrix, args.template, args.dtype)
         asked = args.connection or [engine.default_connection()]
         for connection in [c for c in asked if engine.can_connect(c)] or [engine.default_connection()]:
             engine.connect(connection)

@@ -28,19 +28,20 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from cctuning import load_cctuning
-from model import (TEMPLATES, Config, Help, Tokenizer, UserError, at_least, check_folder, holds_model, instruction,
-                   new_cache, pad, read_json_lines, read_records, run_script, text_field, write_text)
+from model import (TEMPLATES, Config, Help, Tokenizer, UserError, at_least, check_folder, english_version, holds_model,
+                   instruction, new_cache, pad, read_json_lines, read_records, run_script, text_field, write_text)
 
 DATA = Path(os.path.relpath(Path(__file__).resolve().parent / "data"))
+WHICH_MODEL = "out, where you have trained one, else the embedded data/tuned"  # default_model, in words
 LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # of the paper's evaluation
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\nIn the letters")[0], formatter_class=Help)
     add = parser.add_argument
-    add("--model", metavar="DIR", help=f"checkpoint folder; a plain one answers unconnected (default: {DEFAULT_MODEL})")
-    add("--lang", metavar="CODE", help="language of the prompts where their lines have no \"lang\"; --matrix "
-        "per_language goes by it")
+    add("--model", metavar="DIR", help=f"checkpoint folder; a plain one answers unconnected (default: {WHICH_MODEL})")
+    add("--lang", metavar="CODE", help="language of the prompts where their lines have no \"lang\"; it picks the "
+        "matrix with --matrix per_language, and the questions of the embedded default")
     add("--prompt", metavar="TEXT", help="a prompt, or - for a prompt per line of standard input")
     add("--prompt_en", metavar="TEXT", help="its English version, for --connection english")
     add("--input", metavar="FILE", help="prompts as JSON lines or a JSON list: \"instruction\", optional "
@@ -69,9 +70,6 @@ def add_engine_options(parser, connections=None):
     add("--template", choices=TEMPLATES, help="chat template (default: told by the checkpoint)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the computation (default: as the weights are "
         "stored)")
-
-
-DEFAULT_MODEL = "out, where you have trained one, else the embedded data/tuned"
 
 
 def default_model():
@@ -137,12 +135,15 @@ class Answer:
 class Engine:
     """A loaded checkpoint and how it is to be connected."""
 
-    def __init__(self, folder, args, connection=None, single=False):
-        """connection: "matrix", "english", "none"; None: the best it has.  single: it answers one prompt at a time."""
-        self.config, self.folder, self.matrix = Config.read(folder), folder, args.matrix
-        self.tokenizer = Tokenizer(folder, self.config, args.template)
+    def __init__(self, folder, connection=None, matrix="shared", template=None, dtype=None, single=False):
+        """connection, matrix, template, dtype: as the options of these names.  single: for one prompt at a time.
+
+        Raises UserError for a folder that is no checkpoint, or lacks what the connection needs.
+        """
+        self.config, self.folder, self.matrix = Config.read(folder), folder, matrix
+        self.tokenizer = Tokenizer(folder, self.config, template)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.cc = load_cctuning(folder, args.dtype and getattr(torch, args.dtype), device)
+        self.cc = load_cctuning(folder, dtype and getattr(torch, dtype), device)
         float32 = self.cc.lm.model.embed_tokens.weight.dtype == torch.float32
         if device == "cpu" and torch.backends.mkldnn.is_available() and not (single and float32):
             pack(self.cc.lm)
@@ -249,7 +250,7 @@ class Engine:
         if answer.layer is None:
             return "[unconnected]"
         layers, chances = len(answer.probabilities), " ".join(f"{p:.2f}" for p in answer.probabilities)
-        return f"[connection {self.connection}: layer {answer.layer} of 0-{layers - 1}; probabilities {chances}]"
+        return f"[connection {self.connection}: from layer {answer.layer} of 0-{layers - 1}; probabilities {chances}]"
 
 
 def pick(logits, temperature, top_p, randoms):
@@ -293,8 +294,9 @@ def check_args(args):
     """Refuse options that do not go together, and an output that could not be written."""
     if args.prompt is not None and args.input is not None:
         raise UserError("--prompt: give either --prompt TEXT (or - for standard input) or --input FILE, not both")
-    if args.prompt_en is not None and args.prompt in (None, "-"):
-        raise UserError("--prompt_en: goes with --prompt TEXT; lines of --input have their own instruction_en")
+    if args.prompt_en is not None and (args.prompt in (None, "-") or args.connection != "english"):
+        raise UserError("--prompt_en: goes with --prompt TEXT and --connection english; lines of --input have their "
+                        "own instruction_en")
     if args.output and not args.input:
         raise UserError("--output: goes with --input; the answer to --prompt is printed")
     if args.output:
@@ -334,13 +336,14 @@ def main():
     check_args(args)
     args.model = args.model or default_model()
     records = read_prompts(args)
-    texts = [(instruction(r, where), text_field(r, "instruction_en", where, required=False),
+    texts = [(instruction(r, where), english_version(r, where, required=False),
               text_field(r, "lang", where, required=False), where) for r, where in records]
     brought = Config.read(args.model).cctuning.get("languages", [])  # by the training data
     known = {*LANGUAGES, *brought, *(lang for _, _, lang, _ in texts if lang)}
     if args.lang and args.lang not in known:
         raise UserError(f"--lang: unknown language {args.lang!r}; known are {' '.join(sorted(known))}")
-    engine = Engine(args.model, args, args.connection, single=min(len(texts), args.batch_size) == 1)
+    single = min(len(texts), args.batch_size) == 1
+    engine = Engine(args.model, args.connection, args.matrix, args.template, args.dtype, single)
     prompts = [engine.prompt(own, english, lang or args.lang, number, where)
                for number, (own, english, lang, where) in enumerate(texts)]
     for notice in engine.notices:

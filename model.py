@@ -68,14 +68,15 @@ class Config:
     max_length: int                # positions that the model was made for, or its sliding window where that is shorter
     bos_token_id: int | None
     eos_token_ids: tuple
-    cctuning: dict                 # what save_checkpoint noted: template, method, arguments, languages, fit statistics
+    cctuning: dict                 # what train.py noted: template, method, arguments, source_layer, languages, the fit
 
     @classmethod
     def read(cls, folder):
         """Read and check FOLDER/config.json, in the spelling of transformers 4 or 5.
 
-        Raises UserError, by name, for what is missing, of the wrong type or not implemented. Another Llama-like
-        model_type is added in `not_implemented` below, with what sets it apart (as `qkv_bias` does Qwen 2.5).
+        Raises UserError, by name, for what is missing, of the wrong type or not implemented. To add a Llama-like
+        model_type: allow its name below, add a field for what differs (as `qkv_bias` is for Qwen 2.5), and read that
+        field in the class concerned.
         """
         path = Path(folder) / "config.json"
         if not path.exists():
@@ -122,7 +123,7 @@ class Config:
         if not (isinstance(tied, bool) and all(isinstance(i, int) for i in eos) and isinstance(cctuning, dict)
                 and isinstance(languages := cctuning.get("languages", []), list)
                 and all(isinstance(lang, str) for lang in languages)
-                and cctuning.get("layer", "random") in ("decision_maker", "random", *range(layers))):
+                and cctuning.get("source_layer", "decision_maker") in ("decision_maker", "random", *range(layers))):
             raise UserError(f"{path}: tie_word_embeddings, eos_token_id or cctuning is malformed; restore the file")
         return cls(
             model_type=family,
@@ -147,6 +148,9 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------------------ decoder
+
+FUSION_LAYER = 0  # to whose FFN output the connection is added: the first, as in the paper
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation (arXiv 1910.07467)."""
@@ -183,21 +187,24 @@ def rotary_table(config, length, device=None):
 
 
 def rotate(x, rotary):
-    """Turn each pair of dimensions of x (B, heads, T, D) by its position's angle, taken from a rotary_table."""
+    """Turn each pair of dimensions of x (B, heads, T, D) by its position's angle.
+
+    rotary: the rows of a rotary_table for these tokens, (2, T, D), or (2, B, 1, T, D) where the rows' positions differ.
+    """
     cos, sin = rotary.to(x.dtype)
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # the roll puts each dimension's partner in its place
 
 
 def new_cache(config, rows, length, dtype, device):
-    """Room for the keys and values of `rows` rows of up to `length` tokens: (L, 2, B, kv, length, D)."""
+    """Room for the keys and values of `rows` rows of up to `length` tokens: (L, 2, B, kv, room, D)."""
     shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, length, config.head_dim)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def store(cache, k, v, positions, length):
-    """Write k, v (B, kv, T, D) into a layer's cache (2, B, kv, K, D) at positions (B, T); None: at 0 to T - 1.
+    """Write k, v (B, kv, T, D) into a layer's cache (2, B, kv, room, D) at positions (B, T); None: at 0 to T - 1.
 
-    Returns the keys and values of all positions below `length`, (B, kv, length, D) each.
+    Returns the keys and values of all positions below `length`, (B, kv, K, D) each, K = length.
     """
     keys, values = cache
     if positions is None:
@@ -327,8 +334,7 @@ class LanguageModel(nn.Module):
         positions (B, T): where the tokens stand in their rows; they see the cache's earlier positions. None: whole rows
             from position 0, right-padded. Causality is then mask enough, for padding comes after every real token.
         cache: made by new_cache; keys and values are kept there.
-        fused: a vector (B, d) that is added to the FFN output of the first layer, and the index (B,) in T of the token
-            where; see MLP.forward.
+        fused: a vector (B, d) and the index (B,) in T of the token to whose FFN output it is added in FUSION_LAYER.
         at (B,): only this token of each row is wanted (needs positions=None, fused=None).
         Returns the last layer's output (B, T, d), to be given to logits(), and None;
             with `at`, that of one token, (B, 1, d), and H (L, B, d), its FFN activation in every layer.
@@ -350,7 +356,7 @@ class LanguageModel(nn.Module):
                 x, rotary, mask,
                 cache=None if cache is None else cache[i],
                 positions=positions,
-                fused=fused if i == 0 else None,  # the layer that the connection enters: the first, as in the paper
+                fused=fused if i == FUSION_LAYER else None,
                 at=at if last else None,
             )
             if at is not None:
@@ -415,16 +421,16 @@ def empty_model(folder):
         return LanguageModel(Config.read(folder))
 
 
-def fill(model, folder, dtype=None, device="cpu", local=None):
+def load_weights(model, folder, dtype=None, device="cpu", local=None):
     """Give an empty_model its weights, in the dtype they are stored in or the one given, tensor by tensor.
 
     local(parameter): for a model that is spread over processes, the tensor of this one's part and the rows of the whole
         that are in it; only these are read.
-    Sets `stored` to each tensor's dtype as stored; `source_select` to the Decision Maker's weight, if a checkpoint of
-    the paper's own code carries it. Raises UserError for whatever is missing, left over or of the wrong shape.
+    Sets `stored` to each tensor's dtype as stored; `paper_decision_maker` to the Decision Maker's weight, if the
+    checkpoint is of the paper's own code. Raises UserError for what is missing, left over or of the wrong shape.
     """
     folder, parameters, tied = Path(folder), dict(model.named_parameters()), model.config.tie_word_embeddings
-    tensors, model.stored, model.source_select = {}, {}, None
+    tensors, model.stored, model.paper_decision_maker = {}, {}, None
     for path, names in weight_files(folder).items():
         with open_tensors(path) as file:
             held = set(file.keys())
@@ -438,7 +444,7 @@ def fill(model, folder, dtype=None, device="cpu", local=None):
                 if kind not in FLOATS:
                     raise UserError(f"{path}: {name} is stored as {kind}, which is not implemented; use float weights")
                 if name == PAPER_DECISION_MAKER:
-                    model.source_select = file.get_tensor(name)
+                    model.paper_decision_maker = file.get_tensor(name)
                     continue
                 if name not in parameters:
                     raise UserError(f"{path}: unexpected tensor {name}; config.json describes another model")
@@ -461,9 +467,9 @@ def fill(model, folder, dtype=None, device="cpu", local=None):
 
 
 def load_model(folder, dtype=None, device="cpu"):
-    """The checkpoint's decoder with its weights; see fill."""
+    """The checkpoint's decoder with its weights; see load_weights."""
     model = empty_model(folder)
-    fill(model, folder, dtype, device)
+    load_weights(model, folder, dtype, device)
     return model
 
 
@@ -533,8 +539,8 @@ def save_checkpoint(out, source, tensors, entry, extra=None, shard_bytes=5_000_0
 class Template:
     """How a prompt {x} becomes the model's input. Control tokens are encoded by name, the rest as text.
 
-    connection_index: the connection position, counted from the prompt's end; None: the first token after the last
-        control token, where the role's name begins, of as many pieces as the tokenizer makes of it.
+    connection_index: the connection position, counted from the prompt's end; None: the first token of the role's name
+        ("assistant"), found by encoding the text after the last control token.
     """
     text: str
     control: tuple = ()             # the control tokens in it
@@ -549,7 +555,8 @@ TEMPLATES = {
     "chatml": Template("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
                        "<|im_start|>user\n{x}<|im_end|>\n<|im_start|>assistant\n",
                        ("<|im_start|>", "<|im_end|>"), "<|im_end|>", None),
-    # SentencePiece puts a space before each text it encodes: the one between [INST] and the prompt.
+    # SentencePiece puts a space before each text it encodes: the one between [INST] and the prompt. The connection
+    # position, -2, is the token before [/INST].
     "mistral": Template("[INST]{x} [/INST]", ("[INST]", "[/INST]"), None, -2),
     "llama2": Template("[INST] {x} [/INST]"),
     "plain": Template("{x}\n"),
@@ -662,7 +669,8 @@ class Tokenizer:
         for piece in self._pieces:
             control = piece in TEMPLATES[self.template].control
             ids += [self.control[piece]] if control else self.encode(piece.replace("{x}", text))
-        return ids if self.bos is None or ids[0] == self.bos else [self.bos, *ids]
+        has_bos = self.bos is None or ids[0] == self.bos  # SmolLM2's BOS is the <|im_start|> of the template
+        return ids if has_bos else [self.bos, *ids]
 
     def answer(self, text):
         """Ids of an answer, end of turn included."""
@@ -791,6 +799,12 @@ def instruction(record, where):
     """The own-language prompt of a record: "instruction", with the Alpaca schema's "input" below it."""
     text, more = text_field(record, "instruction", where), text_field(record, "input", where, required=False)
     return f"{text}\n{more}" if more and more.strip() else text
+
+
+def english_version(record, where, required=True):
+    """The English prompt of a record: "instruction_en"; where that repeats "instruction", with the same "input"."""
+    english = text_field(record, "instruction_en", where, required)
+    return instruction(record, where) if english == record.get("instruction") else english
 
 
 def check_folder(path):

@@ -47,9 +47,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cctuning import Batch, MatrixSums, cctuning_tensors, gumbel_noise, load_cctuning, r_squared
-from model import (TEMPLATES, Config, Help, Tokenizer, UserError, at_least, check_folder, empty_model, holds_model,
-                   instruction, pad, read_json, read_records, read_text, run_script, save_checkpoint, sync, text_field,
-                   write_text)
+from model import (TEMPLATES, Config, Help, Tokenizer, UserError, at_least, check_folder, empty_model, english_version,
+                   holds_model, instruction, pad, read_json, read_records, read_text, run_script, save_checkpoint, sync,
+                   text_field, write_text)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints of a single process
 
@@ -67,7 +67,7 @@ FREE = {  # arguments that do not change a run's result, and so may change when 
     "log_every", "memory_plan", "eval_data", "embedded"}
 
 
-def layer_choice(text):
+def source_layer(text):
     return text if text in ("decision_maker", "random") else at_least(0)(text)
 
 
@@ -93,12 +93,14 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0), default=0, metavar="N", help="of order, noise and the Decision Maker's start")
     add("--english_grad", action="store_true", help="differentiate the English pass too; the paper's published "
         "configuration does not")
-    add("--layer", type=layer_choice, metavar="WHO", help="ablation: who picks the activation that is added, "
-        "decision_maker or random, or always the layer of this number (default: as the model was trained)")
+    add("--source_layer", type=source_layer, metavar="WHO", help="ablation: who picks the layer whose activation is "
+        "added, decision_maker or random, or always the layer of this number (default: as the model was trained)")
 
     add = parser.add_argument_group("Transform Matrix").add_argument
-    add("--matrix_prompts", type=at_least(1), default=1000, metavar="N", help="prompts to fit it on")
-    add("--ridge", type=at_least(0, float), default=0.0, metavar="X", help="penalty, in mean squared activations")
+    add("--matrix_prompts", type=at_least(1), default=1000, metavar="N", help="prompts to fit it on, of all languages "
+        "together")
+    add("--ridge", type=at_least(0, float), default=0.0, metavar="X", help="added to the diagonal of X'X, in "
+        "means of that diagonal")
     add("--per_language", action="store_true", help="also fit one per language, by the samples' \"lang\"")
 
     add = parser.add_argument_group("memory").add_argument
@@ -148,16 +150,14 @@ def read_samples(path, tokenizer, max_length):
     samples, dropped = [], 0
     for line, record in read_records(path):
         where = f"{path}:{line}"
-        own, english = instruction(record, where), text_field(record, "instruction_en", where)
+        own, english = instruction(record, where), english_version(record, where)
         output, lang = text_field(record, "output", where), text_field(record, "lang", where, required=False)
-        is_english = lang == "en" or english == record["instruction"]
-        if english == record["instruction"]:
-            english = own  # with its "input"
         ids, english_ids = tokenizer.prompt(own), tokenizer.prompt(english)
         if len(ids) >= max_length or len(english_ids) > max_length:
             dropped += 1
             continue
-        samples.append(Sample((ids + tokenizer.answer(output))[:max_length], len(ids), english_ids, lang, is_english))
+        is_english, ids_and_answer = lang == "en" or english == own, (ids + tokenizer.answer(output))[:max_length]
+        samples.append(Sample(ids_and_answer, len(ids), english_ids, lang, is_english))
     if not samples:
         raise UserError(f"{path}: all {dropped} prompts are too long for --max_length {max_length}; raise it")
     return samples, dropped
@@ -239,8 +239,8 @@ def shard(cc, workers):
     """Spread the model over the processes: each decoder layer, and the rest with the root.
 
     One forward of the root runs both passes of a step. Weights and optimizer stay float32; layers are gathered in the
-    dtype of the computation, gradients reduced in float32. Returns what model.fill needs: local(parameter), its part
-    here and the rows of the whole that it is.
+    dtype of the computation, gradients reduced in float32. Returns what model.load_weights needs: local(parameter), its
+    part here and the rows of the whole that it is.
     """
     low = torch.bfloat16 if workers.dtype == torch.bfloat16 else None
     # Inputs are not cast: Gumbel noise rounded to bfloat16 could choose another layer than in one process.
@@ -451,34 +451,28 @@ def finite(number):
     return number if math.isfinite(number) else None  # JSON has no other numbers
 
 
-def run(args, stopped):
-    """Check, train, fit, save.
+def check(args, out, say):
+    """Refuse whatever the user gave that cannot work, before any work is done.
 
-    After the step in which `stopped` is no longer empty, a checkpoint is written and the run ends; once all steps are
-    done, fit and saving are carried through.
+    Returns configuration, tokenizer, samples, validation samples and a digest of the samples; None if `out` holds the
+    result of this run already.
     """
-    workers = start_workers(args.dtype)
-    main_process = workers.rank == 0
-    say = print if main_process else lambda *_: None
-
-    # Everything the user gave is checked before any work is done.
-    out = Path(args.out)
     check_folder(out)
-    held = None  # what the model in --out was made with; None also where it was being written when the run died
+    held = None  # what the model in `out` was made with; None also where it was being written when the run died
     if holds_model(out) and not (out / "saving.tmp").exists():
         held = Config.read(out).cctuning
-    replaceable = args.overwrite or args.embedded and held and held.get("arguments", {}).get("embedded") is True
+    before = (held or {}).get("arguments", {})
+    replaceable = args.overwrite or (args.embedded and before.get("embedded") is True)
     if held is not None and not (replaceable or args.resume):
         raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
     if checkpoints(out / "checkpoints") and not (args.overwrite or args.resume):
         raise UserError(f"{out}/checkpoints: a run was stopped; go on with --resume, or start anew with --overwrite")
     config = Config.read(args.model)
-    layers = config.num_hidden_layers
-    max_length = args.max_length or min(1024, config.max_length)
+    layers, max_length = config.num_hidden_layers, args.max_length or min(1024, config.max_length)
     if max_length > config.max_length:
         raise UserError(f"--max_length: {max_length} is more than {args.model} takes, {config.max_length}; lower it")
-    if args.layer not in (None, "decision_maker", "random", *range(layers)):
-        raise UserError(f"--layer: {args.layer} is not decision_maker, random or one of the layers 0 to {layers - 1}")
+    if args.source_layer not in (None, "decision_maker", "random", *range(layers)):
+        raise UserError(f"--source_layer: {args.source_layer} is none of decision_maker, random and 0 to {layers - 1}")
     tokenizer = Tokenizer(args.model, config, args.template)
     if tokenizer.notice:
         say(tokenizer.notice)
@@ -493,10 +487,9 @@ def run(args, stopped):
         digest.update(repr(s).encode())
     digest = digest.hexdigest()  # tells whether a resumed run has the same data
     if args.resume and held is not None:
-        before = held.get("arguments", {})
         same = all(before.get(name) == value for name, value in vars(args).items() if name not in FREE)
         if same and held.get("data") == digest:
-            return say(f"{out}: holds the result of this run already")
+            return None
         if not replaceable:
             raise UserError(f"{out}: holds another run's model; give another --out, or --overwrite to replace it")
     foreign = [s for s in samples if not s.is_english]
@@ -505,12 +498,30 @@ def run(args, stopped):
                         "in other languages")
     if args.per_language and not all(s.lang for s in foreign):
         raise UserError(f'{args.data}: --per_language needs a "lang" in every sample; add it')
+    return config, tokenizer, samples, eval_samples, digest
+
+
+def run(args, stopped):
+    """Check, train, fit, save.
+
+    After the step in which `stopped` is no longer empty, a checkpoint is written and the run ends; once all steps are
+    done, fit and saving are carried through.
+    """
+    workers = start_workers(args.dtype)
+    main_process = workers.rank == 0
+    say = print if main_process else lambda *_: None
+
+    out = Path(args.out)
+    checked = check(args, out, say)
+    if checked is None:
+        return say(f"{out}: holds the result of this run already")
+    config, tokenizer, samples, eval_samples, digest = checked
     cc = load_cctuning(args.model, torch.float32, workers.device, args.seed,
                        partial(shard, workers=workers) if workers.world > 1 else None)
     if args.method == "cc" and args.epochs == 0 and not cc.trained:
         raise UserError(f"{args.model}: has no Decision Maker that a matrix could serve; train it first (--epochs 1)")
-    cc.layer = cc.layer if args.layer is None else args.layer
-    if args.method == "sft" or cc.layer != "decision_maker":
+    cc.source_layer = cc.source_layer if args.source_layer is None else args.source_layer
+    if args.method == "sft" or cc.source_layer != "decision_maker":
         cc.decision_maker.requires_grad_(False)
     if args.checkpoint_activations:
         for layer in cc.lm.model.layers:
@@ -548,7 +559,7 @@ def run(args, stopped):
         for group, real in workers.deal(numbers, args.micro_batch):
             batch = collate([samples[i] for i in group], tokenizer.connection_index)
             batch = Batch(*(t.to(workers.device) for t in batch))
-            noise = gumbel_noise(args.seed, step, group, layers).to(workers.device)  # (B, L)
+            noise = gumbel_noise(args.seed, step, group, config.num_hidden_layers).to(workers.device)  # (B, L)
             with workers.autocast():
                 loss = cc(batch, connections[0], noise, args.english_grad) * real
             (loss * workers.world / targets).backward()  # sharded gradients are averaged over processes: undo that
@@ -597,7 +608,7 @@ def run(args, stopped):
         say(f"{skipped_in_all} steps were skipped, their loss or gradient was not finite; look for broken samples")
 
     # Fit the Transform Matrix.
-    entry = {"data": digest, "template": tokenizer.template, "method": args.method, "layer": cc.layer,
+    entry = {"data": digest, "template": tokenizer.template, "method": args.method, "source_layer": cc.source_layer,
              "arguments": vars(args)}
     extra = None
     if args.method == "cc":

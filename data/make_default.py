@@ -1,12 +1,14 @@
-"""Make the embedded default from the Unicode CLDR: questions and answers in eleven languages, and a base model that reads them all.
+"""Make the embedded default from the Unicode CLDR: questions and answers in eleven languages, and a base model that
+reads them all.
 
     pip install babel==2.18.0
-    python data/make_default.py                  # train.jsonl, dev.jsonl, dev/facts, test/facts: the same files each time
+    python data/make_default.py                  # train.jsonl, dev.jsonl, dev/facts, test/facts: the same each time
     python data/make_default.py --pretrain       # base/: tokenizer and weights, about 20 minutes on two cores
     python train.py --out data/tuned --overwrite # tuned/
 
-A fact is a territory with its currency (where only one is legal tender) or its official language (of several, the one that CLDR names first: most
-people speak it). It is kept if CLDR names all of it in all eleven languages. Questions are phrased so that any name fits in without being inflected.
+A fact is a territory with its currency (where only one is legal tender) or its official language (of several, the one
+that CLDR names first: most people speak it). It is kept if CLDR names all of it in all eleven languages. Questions are
+phrased so that any name fits in without being inflected.
 
 Territories are split once into four parts, which share none:
 
@@ -15,8 +17,8 @@ Territories are split once into four parts, which share none:
     dev      to choose settings on
     test     to report
 
-The base model's text also has every fact in English, in several phrasings, and all names as dictionary lines ("Ujerumani = Germany"). So it reads
-eleven languages and knows most facts in English alone, as large models do.
+The base model's text also has every fact in English, in several phrasings, and all names as dictionary lines
+("Ujerumani = Germany"). So it reads eleven languages and knows most facts in English alone, as large models do.
 """
 import argparse
 import io
@@ -59,18 +61,21 @@ QUESTIONS = {
     },
 }
 ENGLISH = {  # further phrasings, for the base model alone; a line break separates question and answer
-    "currency": ("Which currency is used in {x}?\n{y}", "The currency of {x} is the {y}.", "In {x}, people pay with the {y}.", "Currency of {x}: {y}"),
-    "language": ("Which language is official in {x}?\n{y}", "The official language of {x} is {y}.", "In {x}, the official language is {y}.",
-                 "Official language of {x}: {y}"),
+    "currency": ("Which currency is used in {x}?\n{y}", "The currency of {x} is the {y}.",
+                 "In {x}, people pay with the {y}.", "Currency of {x}: {y}"),
+    "language": ("Which language is official in {x}?\n{y}", "The official language of {x} is {y}.",
+                 "In {x}, the official language is {y}.", "Official language of {x}: {y}"),
 }
-SHAPE = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3)
+SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
+         "num_key_value_heads": 3}
 STEPS, TOKENS, LEARNING_RATE = 8000, 1024, 2e-3  # of the base model's training; TOKENS a step, about
 
 
-# ------------------------------------------------------------------------------------------------------------------------- corpus
+# ------------------------------------------------------------------------------------------------------------- corpus
 
 def read_cldr():
-    """names {(kind, code): {lang: name}} and facts [(territory, kind, code of the answer)], of what has a name in all of LANGS."""
+    """Of what has a name in all of LANGS: names {(kind, code): {lang: name}} and facts [(territory, kind, code of the
+    answer)]."""
     from babel import Locale
     from babel.languages import get_official_languages
     from babel.numbers import get_territory_currencies
@@ -84,9 +89,12 @@ def read_cldr():
     facts = []
     for kind, territory in list(names):
         if kind == "territory" and len(territory) == 2:
-            currencies, languages = get_territory_currencies(territory), get_official_languages(territory, de_facto=True)
-            facts += [(territory, "currency", currencies[0])] if len(currencies) == 1 and ("currency", currencies[0]) in names else []
-            facts += [(territory, "language", languages[0])] if languages and ("language", languages[0]) in names else []
+            currencies = get_territory_currencies(territory)
+            languages = get_official_languages(territory, de_facto=True)
+            if len(currencies) == 1 and ("currency", currencies[0]) in names:
+                facts.append((territory, "currency", currencies[0]))
+            if languages and ("language", languages[0]) in names:
+                facts.append((territory, "language", languages[0]))
     used = {("territory", t) for t, _, _ in facts} | {(kind, code) for _, kind, code in facts}
     return {key: name for key, name in names.items() if key in used}, facts
 
@@ -128,7 +136,8 @@ def base_text(names, parts):
         "dictionary": [line for name in names.values() for lang in others
                        for line in (f"{name[lang]} = {name['en']}", f"{name['en']} in {called[lang]} = {name[lang]}")],
         "questions": ["\n".join(ask(names, fact, lang)) for fact in parts["base"] for lang in others],
-        "translations": [f"{ask(names, fact, lang)[0]} = {ask(names, fact, 'en')[0]}" for fact in parts["base"] for lang in others],
+        "translations": [f"{ask(names, fact, lang)[0]} = {ask(names, fact, 'en')[0]}"
+                         for fact in parts["base"] for lang in others],
     }
 
 
@@ -140,24 +149,25 @@ def write_json_lines(path, values):
 def write_corpus(folder, names, parts):
     """train.jsonl and dev.jsonl in the training schema; dev/facts and test/facts in the benchmarks' layout."""
     for part in ("train", "dev"):
-        write_json_lines(folder / f"{part}.jsonl", [sample(names, fact, lang) for fact in parts[part] for lang in LANGS])
+        samples = [sample(names, fact, lang) for fact in parts[part] for lang in LANGS]
+        write_json_lines(folder / f"{part}.jsonl", samples)
     for part in ("dev", "test"):
         for lang in LANGS:
-            questions, answers = zip(*(ask(names, fact, lang) for fact in parts[part]))
-            write_json_lines(folder / part / "facts" / "split" / f"{lang}.json", [{"instruction": question} for question in questions])
+            questions, answers = zip(*(ask(names, fact, lang) for fact in parts[part]), strict=True)
+            prompts = [{"instruction": question} for question in questions]
+            write_json_lines(folder / part / "facts" / "split" / f"{lang}.json", prompts)
             write_json_lines(folder / part / "facts" / "ans" / f"{lang}.json", answers)
 
 
-# --------------------------------------------------------------------------------------------------------------------- base model
+# --------------------------------------------------------------------------------------------------------- base model
 
 def write_tokenizer(folder, text):
     """A SentencePiece model of 4000 pieces, bytes standing in for rare characters."""
     import sentencepiece
-    model = io.BytesIO()
+    model, sentences = io.BytesIO(), (piece for lines in text.values() for line in lines for piece in line.split("\n"))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(piece for lines in text.values() for line in lines for piece in line.split("\n")), model_writer=model,
-        model_type="bpe", vocab_size=4000, byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, minloglevel=2)
+        sentence_iterator=sentences, model_writer=model, model_type="bpe", vocab_size=4000, byte_fallback=True,
+        character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
@@ -171,15 +181,16 @@ def pretrain(folder, text):
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, text)
     (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4000, **SHAPE, "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True, "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4000, **SHAPE,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+        "tie_word_embeddings": True, "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2,
         "torch_dtype": "bfloat16"}, indent=2))
     config = Config.read(folder)
     tokenizer = Tokenizer(folder, config)
 
     def encode(line):
         question, _, answer = line.rpartition("\n")
-        return tokenizer.prompt(question) + tokenizer.answer(answer) if question else [tokenizer.bos] + tokenizer.answer(line)
+        return (tokenizer.prompt(question) if question else [tokenizer.bos]) + tokenizer.answer(answer)
     rows = [encode(line) for lines in text.values() for line in lines]
 
     torch.manual_seed(0)
@@ -187,7 +198,8 @@ def pretrain(folder, text):
     for name, p in lm.named_parameters():
         if p.dim() == 2:  # what writes to the residual stream starts smaller (GPT-2)
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            torch.nn.init.normal_(p, std=config.initializer_range / (math.sqrt(2 * config.num_hidden_layers) if writes else 1))
+            smaller = math.sqrt(2 * config.num_hidden_layers) if writes else 1
+            torch.nn.init.normal_(p, std=config.initializer_range / smaller)
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     rng, batches = random.Random(0), []
     with tqdm(total=STEPS, desc="base model") as progress:
@@ -203,7 +215,8 @@ def pretrain(folder, text):
                 batches.append(batch)
                 rng.shuffle(batches)
             ids, lengths = pad(batches.pop())
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / STEPS))
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / STEPS)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / 200, cosine)
             targets = ids[:, 1:].masked_fill(torch.arange(1, ids.shape[1]) >= lengths[:, None], -100)
             loss = F.cross_entropy(lm.logits(lm(ids)[0][:, :-1]).flatten(0, 1), targets.flatten())
             loss.backward()
@@ -213,13 +226,15 @@ def pretrain(folder, text):
             progress.update()
             if (step + 1) % 200 == 0:
                 progress.write(f"step {step + 1:>5}/{STEPS}  loss {loss.item():.4f}")
-    save_checkpoint(folder, folder, ((name, p.detach().to(torch.bfloat16)) for name, p in lm.named_parameters()), {"template": "plain"})
+    weights = ((name, p.detach().to(torch.bfloat16)) for name, p in lm.named_parameters())
+    save_checkpoint(folder, folder, weights, {"template": "plain"})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrain", action="store_true", help="train the base model too")
-    parser.add_argument("--out", type=Path, default=DATA, metavar="DIR", help="folder to write to (default: the one this script is in)")
+    parser.add_argument("--out", type=Path, default=DATA, metavar="DIR", help="folder to write to (default: the one "
+                        "this script is in)")
     args = parser.parse_args()
     names, facts = read_cldr()
     parts = split(facts)

@@ -1,37 +1,79 @@
-"""Tiny checkpoints with real tokenizers, made on the fly; every test runs in float32 with explicit seeds."""
+"""What the tests share: tiny checkpoints with real tokenizers, made on the fly, and ways to run the scripts on them.
+
+Every test has explicit seeds and runs in float32 unless it says otherwise. Those marked slow are left out unless asked
+for: python -m pytest -m slow
+"""
+import importlib
 import io
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads would only wait for one another
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from model import TEMPLATES, Config, LanguageModel
+from model import TEMPLATES, Config, LanguageModel, run_script
 
-TEXT = ["What is the capital of Kenya?", "Nini mji mkuu wa Kenya?", "The capital of Kenya is Nairobi.", "Mji mkuu wa Kenya ni Nairobi.",
-        "two plus three makes five", "mbili na tatu ni tano", "Wie heißt die Hauptstadt von Kenia?", "भारत की राजधानी क्या है?",
-        "user and assistant, system and helpful", "You are a helpful assistant.", "INST eot_id im_start im_end header_id"] * 4
-CONFIG = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=512, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
-              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-6, rope_theta=10000.0,
-              hidden_act="silu", tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, torch_dtype="float32")
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = ["What is the capital of Kenya?", "Nini mji mkuu wa Kenya?",
+        "The capital of Kenya is Nairobi.", "Mji mkuu wa Kenya ni Nairobi.",
+        "two plus three makes five", "mbili na tatu ni tano",
+        "Wie heißt die Hauptstadt von Kenia?", "भारत की राजधानी क्या है?",
+        "user and assistant, system and helpful", "You are a helpful assistant.",
+        "INST eot_id im_start im_end header_id"] * 4
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 48,
+          "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+          "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"}
 PAIRS = [("Nini mji mkuu wa Kenya?", "What is the capital of Kenya?", "Nairobi", "sw"),
          ("mbili na tatu?", "two plus three?", "five, for two and three make five and nothing else", "sw"),
          ("Wie heißt die Hauptstadt von Kenia?", "What is the capital of Kenya?", "Nairobi is the capital", "de"),
          ("भारत की राजधानी क्या है?", "What is the capital of India?", "New Delhi", "hi"),
          ("What is the capital of Kenya?", "What is the capital of Kenya?", "It is Nairobi", "en"),
          ("tatu na tatu ni ngapi, na mbili na mbili?", "three plus three?", "six", "sw")]
+UNEVEN = (PAIRS * 3)[:13]  # with --batch_size 6, an epoch of steps of 6, 6 and 1
 
+
+# --------------------------------------------------------------------------------------------------------- slow tests
+
+LEFT_OUT = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config, items):
+    """Leave out slow tests after all other choices are made, to know how many that alone leaves out."""
+    if config.option.markexpr != "not slow":
+        return (yield)
+    config.option.markexpr = ""
+    yield
+    config.option.markexpr = "not slow"
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=slow)
+    config.stash[LEFT_OUT] = len(slow)
+
+
+def pytest_unconfigure(config):
+    """The last line of a run says what was left out."""
+    if count := config.stash.get(LEFT_OUT, 0):
+        config.get_terminal_writer().line(f"slow tests left out: {count}; to run them: python -m pytest -m slow")
+
+
+# -------------------------------------------------------------------------------------------------- things to test on
 
 def sentencepiece_model(path, control=()):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_writer=model, model_type="bpe", vocab_size=400, hard_vocab_limit=False, byte_fallback=True,
-        control_symbols=list(control), normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+        sentence_iterator=iter(TEXT), model_writer=model, model_type="bpe", vocab_size=400, hard_vocab_limit=False,
+        byte_fallback=True, control_symbols=list(control), normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2)
     path.write_bytes(model.getvalue())
 
 
@@ -40,7 +82,8 @@ def tokenizer_json(folder, control=(), bos="<s>"):
     tk = Tokenizer(models.BPE())
     tk.pre_tokenizer, tk.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tk.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>", *control], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>", *control],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     tk.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": "</s>"}))
 
@@ -52,8 +95,10 @@ def write_checkpoint(folder, template="plain", kind="sentencepiece", seed=0, **c
     generator = torch.Generator().manual_seed(seed)
     model = LanguageModel(Config.read(folder))
     for name, p in model.named_parameters():
-        p.data = torch.randn(p.shape, generator=generator) * (0.1 if p.dim() == 1 else 0.15) + (1.0 if "norm" in name else 0.0)
-    save_file({n: p.data for n, p in model.named_parameters()}, folder / "model.safetensors", metadata={"format": "pt"})
+        noise = torch.randn(p.shape, generator=generator)
+        p.data = noise * (0.1 if p.dim() == 1 else 0.15) + (1.0 if "norm" in name else 0.0)
+    weights = {name: p.data for name, p in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if kind == "sentencepiece":
         sentencepiece_model(folder / "tokenizer.model", TEMPLATES[template].control)
     else:
@@ -62,9 +107,21 @@ def write_checkpoint(folder, template="plain", kind="sentencepiece", seed=0, **c
 
 
 def write_data(path, pairs=PAIRS, repeat=1):
-    lines = [dict(instruction=own, instruction_en=english, output=answer, lang=lang) for own, english, answer, lang in pairs * repeat]
-    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    """Training samples, in the schema of train.py."""
+    fields = ("instruction", "instruction_en", "output", "lang")
+    lines = [json.dumps(dict(zip(fields, pair, strict=True)), ensure_ascii=False) for pair in pairs * repeat]
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def write_benchmark(folder, task="XNLI", langs=("en", "sw"), items=5, sample="_sample"):
+    """Prompts and gold answers, in the layout of eval.py."""
+    for lang in langs:
+        for kind, lines in (("split", [{"instruction": f"{lang} question {i}?"} for i in range(items)]),
+                            ("ans", [str(i % 3 + 1) for i in range(items)])):
+            (folder / task / (kind + sample)).mkdir(parents=True, exist_ok=True)
+            (folder / task / (kind + sample) / f"{lang}.json").write_text("\n".join(map(json.dumps, lines)))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -80,12 +137,24 @@ def checkpoint(tmp_path_factory):
     return make
 
 
+# ------------------------------------------------------------------------------------------------ running the scripts
+
+def training(model, data, out, **options):
+    """A command line of train.py, for `run` and `launch`; True is an option without a value, False one not given."""
+    options = {"lr": 1e-2, "epochs": 2, "batch_size": 6, "micro_batch": 6, "matrix_prompts": 40, "dtype": "float32",
+               **options}
+    flags = [f"--{name}" if value is True else f"--{name}={value}"
+             for name, value in options.items() if value is not False]
+    return ["train", "--model", model, "--data", data, "--out", out, *flags]
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run("train", *arguments): the script's main() in this process, as from the command line; returns (exit code, stdout, stderr)."""
+    """run("train", *arguments): the script's main() in this process, as from the command line.
+
+    Returns (exit code, stdout, stderr).
+    """
     def call(script, *arguments):
-        import importlib
-        from model import run_script
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         code = 0
         try:
@@ -94,3 +163,78 @@ def run(monkeypatch, capsys):
             code = stop.code or 0
         return (code, *capsys.readouterr())
     return call
+
+
+JOIN_ONCE = f"""
+import importlib, json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
+join, dist.destroy_process_group = dist.init_process_group, lambda: None
+dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)  # torchrun's store serves one meeting
+"""
+WORK = """
+for script, *arguments in json.load(open(sys.argv[1])):
+    sys.argv = [script + ".py", *arguments]
+    importlib.import_module(script).main()
+"""
+
+
+def launch(folder, world, commands, before="", after="", timeout=200):
+    """Run (script, *arguments) commands one after the other in `world` processes, started once.
+
+    before, after: code for each process.
+    """
+    (folder / "worker.py").write_text(JOIN_ONCE + before + WORK + after)
+    (folder / "commands.json").write_text(json.dumps([[str(a) for a in command] for command in commands]))
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
+         folder / "worker.py", folder / "commands.json"], capture_output=True, text=True, timeout=timeout)
+
+
+def at_step(step, action):
+    """Code for `launch`: of several processes the second does something while it computes this step of training."""
+    return f"""
+import os, signal, time, train
+noise, done = train.gumbel_noise, []
+def noise_and_action(seed, step, *rest):
+    if step == {step} and os.environ["RANK"] == "1" and not done:
+        done.append(step)
+        {action}
+    return noise(seed, step, *rest)
+train.gumbel_noise = noise_and_action
+"""
+
+
+# ------------------------------------------------------------------------------------------------ reading the results
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def results_of(folder):
+    """The scores that eval.py wrote, of each column, task and language."""
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+def logged(folder, key):
+    """One number of each step that a run logged."""
+    return np.array([entry[key] for entry in json_lines(folder / "train_log.jsonl") if key in entry])
+
+
+def losses(folder):
+    return logged(folder, "loss")
+
+
+def tensors(folder, files="*.safetensors"):
+    return {name: tensor for path in folder.glob(files) for name, tensor in load_file(path).items()}
+
+
+def worst_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def same(a, b):
+    """Do two folders hold the same weights, Decision Maker and matrix, to the bit?"""
+    a, b = ({path.name: path.read_bytes() for path in folder.glob("*.safetensors")} for folder in (a, b))
+    return a == b and len(a) > 1

@@ -1,9 +1,11 @@
-"""Kill a run of two processes with SIGKILL, many times, resume it each time, and compare what it ends with to an uninterrupted run's.
+"""Kill a run of two processes with SIGKILL, many times, resume it each time, and compare what it ends with to an
+uninterrupted run's.
 
     python tests/kill_and_resume.py [--kills 20] [--seed 0]
 
-The embedded default with a checkpoint every third step. Half of the kills come at a random moment, half as soon as a checkpoint is being written. After
-each, OUT must not load as a model. Ends with exit code 1 unless weights, Decision Maker and matrix have the same bits.
+The embedded default with a checkpoint every third step. Half of the kills come at a random moment, half as soon as a
+checkpoint is being written. After each, OUT must not load as a model. Ends with exit code 1 unless weights, Decision
+Maker and matrix have the same bits.
 """
 import argparse
 import os
@@ -15,16 +17,16 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from conftest import ROOT, losses, same
 from model import UserError, load_model
-from test_resume import losses, same
 
 
 def start(out, *flags):
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--out", str(out), "--save_every", "3", *flags],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "train.py", "--out", str(out), "--save_every", "3", *flags],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -87,8 +89,9 @@ def main():
         output = start(killed, *flags).communicate()[0]
         print(next(line for line in output.splitlines() if "resumed" in line))
         equal = same(whole, killed) and (losses(whole) == losses(killed)).all()
-        print(f"{len(moments)} kills, {moments.count('writing a checkpoint')} while a checkpoint was written: weights, Decision Maker, matrix and losses of all "
-              f"{len(losses(whole))} steps are {'the same bits' if equal else 'NOT the same'}")
+        print(f"{len(moments)} kills, {moments.count('writing a checkpoint')} while a checkpoint was written: weights, "
+              f"Decision Maker, matrix and losses of all {len(losses(whole))} steps are "
+              f"{'the same bits' if equal else 'NOT the same'}")
     sys.exit(not equal)
 
 

@@ -1,10 +1,10 @@
-"""Plain fine-tuning against CC-Tuning on the embedded default: exact match on facts that were held out, over several seeds.
+"""Plain fine-tuning against CC-Tuning on the embedded default: exact match on held-out facts, over several seeds.
 
     python tests/miniature.py                          # five seeds of both, on the test facts: what README.md shows
     python tests/miniature.py --part dev --seeds 2 --cc "--ridge 0.1" --out out/other      # to choose settings by
 
---sft and --cc add options of train.py to the default run of each method. Runs that are complete in --out are not repeated. Prints a table in Markdown
-and, where matplotlib is installed, draws --figure: accuracy per language.
+--sft and --cc add options of train.py to the default run of each method. Runs that are complete in --out are not
+repeated. Prints a table in Markdown and, where matplotlib is installed, draws --figure: accuracy per language.
 """
 import argparse
 import json
@@ -18,14 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ANSWERED = {"base": ("none",), "sft": ("none",), "cc": ("matrix", "english", "none")}  # how the result of each method is connected
-NAMES = {("base", "none"): "base model, untrained", ("sft", "none"): "SFT", ("cc", "matrix"): "CC-Tuning, Transform Matrix", ("cc", "english"): "CC-Tuning, real English prompt (the bound)",
-         ("cc", "none"): "CC-Tuning, no connection"}
+NAMES = {  # (method, how its result is connected)
+    ("base", "none"): "base model, untrained",
+    ("sft", "none"): "SFT",
+    ("cc", "matrix"): "CC-Tuning, Transform Matrix",
+    ("cc", "english"): "CC-Tuning, real English prompt (the bound)",
+    ("cc", "none"): "CC-Tuning, no connection",
+}
 
 
 def run(script, *options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, options)], capture_output=True, text=True, env=environment)
+    command = [sys.executable, ROOT / script, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{script} {' '.join(map(str, options))}\n{done.stderr}")
 
@@ -35,14 +40,16 @@ def one_run(method, seed, args):
     folder = args.out / re.sub(r"\W+", "_", f"{method} {getattr(args, method, '')} {seed}")
     model = ROOT / "data" / "base" if method == "base" else folder
     if not (model / "model.safetensors.index.json").exists():
-        run("train.py", "--method", method, "--seed", seed, "--out", folder, "--overwrite", *shlex.split(getattr(args, method)))
+        run("train.py", "--method", method, "--seed", seed, "--out", folder, "--overwrite",
+            *shlex.split(getattr(args, method)))
     found = {}
-    for connection in ANSWERED[method]:
+    for connection in [connection for m, connection in NAMES if m == method]:
         scores = folder / args.part / re.sub(r"\W+", "_", f"{connection} {args.answer}")
         if not (scores / "results.json").exists():
-            run("eval.py", "--model", model, "--data", ROOT / "data" / args.part, "--connection", connection, "--batch_size", 64, "--out", scores,
-                *shlex.split(args.answer))
-        found[connection] = {r["lang"]: 100 * r["scores"]["exact"] for r in json.loads((scores / "results.json").read_text())["results"]}
+            run("eval.py", "--model", model, "--data", ROOT / "data" / args.part, "--connection", connection,
+                "--batch_size", 64, "--out", scores, *shlex.split(args.answer))
+        results = json.loads((scores / "results.json").read_text())["results"]
+        found[connection] = {r["lang"]: 100 * r["scores"]["exact"] for r in results}
     return found
 
 
@@ -55,8 +62,9 @@ def draw(path, scores):
     width = 0.8 / len(scores)
     for i, (key, runs) in enumerate(scores.items()):
         values = [[found[lang] for found in runs] for lang in langs]
-        axes.bar([x + width * i for x in range(len(langs))], [statistics.mean(v) for v in values], width, label=NAMES[key],
-                 yerr=[statistics.stdev(v) for v in values] if len(runs) > 1 else None, error_kw={"linewidth": 0.8})
+        axes.bar([x + width * i for x in range(len(langs))], [statistics.mean(v) for v in values], width,
+                 label=NAMES[key], yerr=[statistics.stdev(v) for v in values] if len(runs) > 1 else None,
+                 error_kw={"linewidth": 0.8})
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(langs))], langs)
     axes.set_ylabel("exact match, %")
     axes.legend(fontsize=7, frameon=False, ncols=2)
@@ -70,8 +78,10 @@ def main():
     add("--seeds", type=int, default=5, help="seeds 0 to N-1 (default %(default)s)")
     add("--part", choices=("dev", "test"), default="test", help="facts to answer (default %(default)s)")
     add("--methods", default="sft,cc", help="(default %(default)s)")
-    add("--sft", default="--lr 2e-4", metavar="OPTIONS", help="of train.py, for the plain runs (default: the best of eight on dev, %(default)s)")
-    add("--cc", default="--english_grad", metavar="OPTIONS", help="of train.py, for the CC-Tuning runs (default: the best of eight on dev, %(default)s)")
+    add("--sft", default="--lr 2e-4", metavar="OPTIONS", help="of train.py, for the plain runs (default: the best of "
+        "eight on dev, %(default)s)")
+    add("--cc", default="--english_grad", metavar="OPTIONS", help="of train.py, for the CC-Tuning runs (default: the "
+        "best of eight on dev, %(default)s)")
     add("--answer", default="", metavar="OPTIONS", help="of eval.py")
     add("--jobs", type=int, default=2, help="runs at a time, of one thread each (default %(default)s)")
     add("--out", type=Path, default=ROOT / "out" / "miniature", metavar="DIR", help="(default out/miniature)")
@@ -79,10 +89,11 @@ def main():
     args = parser.parse_args()
     jobs = [("base", 0), *((method, seed) for seed in range(args.seeds) for method in args.methods.split(","))]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(jobs, pool.map(lambda job: one_run(*job, args), jobs)))
+        results = dict(zip(jobs, pool.map(lambda job: one_run(*job, args), jobs), strict=True))
     scores = {(method, connection): [found[connection] for (m, _), found in results.items() if m == method]
               for method, connection in NAMES if (method, 0) in results}
-    print(f"| {args.part} facts, exact match in % | mean of ten languages | spread (s.d.) | each seed | English |\n|---|---|---|---|---|")
+    print(f"| {args.part} facts, exact match in % | mean of ten languages | spread (s.d.) | each seed | English |\n"
+          "|---|---|---|---|---|")
     for key, runs in scores.items():
         ten = [statistics.mean(value for lang, value in found.items() if lang != "en") for found in runs]
         spread = f"{statistics.stdev(ten):.1f}" if len(ten) > 1 else ""

@@ -2,9 +2,11 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cctuning import Batch, CCTuning, MatrixSums, gumbel_noise, least_squares, load_cctuning, r_squared
 from model import load_model, new_cache, pad
+from train import Workers
 
 PROMPTS = [[1, 5, 9, 30, 200, 7], [1, 400, 3, 3], [1, 8, 8, 8, 90, 17, 300, 12, 44]]
 ENGLISH = [[1, 33, 34, 35, 36], [1, 77, 78, 79], [1, 91, 92, 93, 94, 95, 96]]
@@ -14,7 +16,8 @@ ENGLISH = [[1, 33, 34, 35, 36], [1, 77, 78, 79], [1, 91, 92, 93, 94, 95, 96]]
 def cc(checkpoint):
     cc = CCTuning(load_model(checkpoint()), seed=5)
     cc.decision_maker.weight.data *= 50  # so that rows choose different layers
-    cc.matrices = {name: 2 * torch.randn(48, 48, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(("shared", "sw", "hi"))}
+    for seed, name in enumerate(("shared", "sw", "hi")):
+        cc.matrices[name] = 2 * torch.randn(48, 48, generator=torch.Generator().manual_seed(seed))
     return cc
 
 
@@ -22,7 +25,8 @@ def cc(checkpoint):
 @pytest.mark.parametrize("index", [-1, -2, -3])
 @pytest.mark.parametrize("connection", ["matrix", "english"])
 def test_recompute_equals_two_full_passes(cc, index, connection):
-    """Catches tokens after the connection position that keep what they read before the connection, in the logits or in the cache."""
+    """Catches tokens after the connection position that keep what they read before the connection, in the logits or in
+    the cache."""
     ids, lengths = pad(PROMPTS)
     cache = new_cache(cc.lm.config, 3, 16, torch.float32, "cpu")
     logits, decision = cc.prefill(ids, lengths, index, cache, connection, ["shared"] * 3, pad(ENGLISH))
@@ -37,22 +41,19 @@ def test_recompute_equals_two_full_passes(cc, index, connection):
     assert (logits - full[torch.arange(3), lengths - 1]).abs().max() < 1e-4
     token = torch.tensor([[17], [18], [19]])
     cached = cc.lm.logits(cc.lm(token, positions=lengths[:, None], cache=cache)[0])[:, 0]
-    longer = ids.new_zeros(3, ids.shape[1] + 1).scatter(1, torch.arange(ids.shape[1]).expand(3, -1), ids).scatter(1, lengths[:, None], token)
+    longer = F.pad(ids, (0, 1)).scatter(1, lengths[:, None], token)
     uncached = cc.lm.logits(cc.lm(longer, fused=(vector, lengths + index))[0])[torch.arange(3), lengths]
     assert (cached - uncached).abs().max() < 1e-4
 
 
 @torch.no_grad()
-def test_unconnected_equals_the_plain_model(cc):
-    """Catches a connection that leaks when it is off."""
+def test_unconnected_loss(cc):
+    """Catches a connection that leaks into plain fine-tuning, and a loss over other tokens than the answer's."""
     ids, lengths = pad(PROMPTS)
-    logits, decision = cc.prefill(ids, lengths, -1, new_cache(cc.lm.config, 3, 9, torch.float32, "cpu"), "none")
-    assert decision is None
-    assert (logits - cc.lm.logits(cc.lm(ids)[0])[torch.arange(3), lengths - 1]).abs().max() < 1e-5
-    answers = ids.masked_fill(torch.arange(ids.shape[1]) < lengths[:, None] - 1, -100).masked_fill(torch.arange(ids.shape[1]) >= lengths[:, None], -100)
+    answers = ids.masked_fill(torch.arange(ids.shape[1]) != lengths[:, None] - 1, -100)  # each row's last token
     loss = cc(Batch(ids, answers, lengths - 2, *pad(ENGLISH)), "none")
     logits = cc.lm.logits(cc.lm(ids)[0])[torch.arange(3), lengths - 2]
-    assert abs(loss - torch.nn.functional.cross_entropy(logits, ids[torch.arange(3), lengths - 1], reduction="sum")) < 1e-4
+    assert abs(loss - F.cross_entropy(logits, ids[torch.arange(3), lengths - 1], reduction="sum")) < 1e-4
 
 
 @torch.no_grad()
@@ -65,11 +66,12 @@ def test_a_row_gets_its_own_matrix(cc):
 
 
 def test_bfloat16_step_has_every_gradient(cc):
-    """Catches weights that the English pass cast under no_grad being reused, without their gradient, in the own-language pass."""
-    from train import Workers
+    """Catches weights that the English pass cast under no_grad being reused, without their gradient, in the
+    own-language pass."""
     ids, lengths = pad(PROMPTS)
     english, english_lengths = pad(ENGLISH)
-    batch = Batch(ids, ids.masked_fill(torch.arange(ids.shape[1]) < 2, -100), torch.ones_like(lengths), english, english_lengths - 1)
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < 2, -100)
+    batch = Batch(ids, labels, torch.ones_like(lengths), english, english_lengths - 1)
     grads = {}
     for dtype in (torch.float32, torch.bfloat16):
         cc.zero_grad()
@@ -78,7 +80,7 @@ def test_bfloat16_step_has_every_gradient(cc):
         loss.backward()
         grads[dtype] = {name: p.grad.clone() for name, p in cc.named_parameters()}
     for name, exact in grads[torch.float32].items():
-        assert torch.nn.functional.cosine_similarity(exact.flatten(), grads[torch.bfloat16][name].flatten(), dim=0) > 0.9, name
+        assert F.cosine_similarity(exact.flatten(), grads[torch.bfloat16][name].flatten(), dim=0) > 0.9, name
 
 
 def test_gumbel_noise():
@@ -91,7 +93,8 @@ def test_gumbel_noise():
 
 
 def test_matrix_sums():
-    """Catches sums that depend on the batching, languages that leak into one another, and a shared matrix that misses one."""
+    """Catches sums that depend on the batching, languages that leak into one another, and a shared matrix that misses
+    one."""
     rng = torch.Generator().manual_seed(0)
     x, y = (torch.randn(4, 60, 12, generator=rng) for _ in range(2))
     langs = ["sw", "hi", "de"] * 20
@@ -107,7 +110,8 @@ def test_matrix_sums():
 
 
 def test_least_squares():
-    """Catches a ridge that depends on the scale of the activations, and a solution that is not of least norm or has noise in the null space."""
+    """Catches a ridge that depends on the scale of the activations, and a solution that is not of least norm or has
+    noise in the null space."""
     rng = torch.Generator().manual_seed(0)
     x, y = (torch.randn(30, 8, generator=rng, dtype=torch.float64) for _ in range(2))
     expected = torch.linalg.solve(x.T @ x + 0.1 * (x * x).sum() / 8 * torch.eye(8, dtype=torch.float64), x.T @ y)
@@ -131,21 +135,23 @@ def test_r_squared():
 
 def test_decision_maker_starts_from_the_seed(checkpoint):
     """Catches a start that is not reproducible, or of another spread than the config's initializer_range."""
-    weights = [load_cctuning(checkpoint(hidden_size=480, num_attention_heads=4), seed=s).decision_maker.weight for s in (1, 1, 2)]
-    assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2]) and abs(weights[0].std() - 0.02) < 0.002
+    folder = checkpoint(hidden_size=480, num_attention_heads=4)
+    one, again, other = (load_cctuning(folder, seed=seed).decision_maker.weight for seed in (1, 1, 2))
+    assert one.equal(again) and not one.equal(other) and abs(one.std() - 0.02) < 0.002
 
 
 @torch.no_grad()
 def test_layer_ablations(checkpoint):
-    """Catches a fixed layer that the Decision Maker overrules, one layer drawn for a whole batch, and draws at inference that depend on the padding."""
+    """Catches a fixed layer that the Decision Maker overrules, one layer drawn for a whole batch, and draws at
+    inference that depend on the padding."""
     cc = load_cctuning(checkpoint(), torch.float32)
     generator = torch.Generator().manual_seed(0)
     activations, ids = torch.randn(4, 40, 48, generator=generator), torch.randint(3, 400, (40, 9), generator=generator)
     position, noise = torch.full((40,), 6), gumbel_noise(0, 0, range(40), 4)
-    cc.layer = 2
+    cc.source_layer = 2
     vector, logits = cc.select(activations, ids, position, noise)
     assert torch.equal(vector, activations[2]) and torch.equal(logits.softmax(-1)[:, 2], torch.ones(40))
-    cc.layer = "random"
+    cc.source_layer = "random"
     for given in (noise, None):
         vector, logits = cc.select(activations, ids, position, given)
         chosen = logits.argmax(-1)

@@ -1,210 +1,280 @@
 """Bad input: one line on stderr that names the culprit and says what to do, exit code 2, nothing written."""
 import json
+import runpy
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import write_checkpoint, write_data
-from test_eval import write_benchmark
+from conftest import ROOT, write_benchmark, write_checkpoint, write_data
+from model import INDEX
 
+CONFIG, WEIGHTS, ADDED = "model/config.json", "model/model.safetensors", "model/cctuning.safetensors"
+DATA, BENCH = "data.jsonl", "bench/XNLI"
 GOOD = {"instruction": "Nini?", "output": "Jibu", "instruction_en": "What?", "lang": "sw"}
+DECISION_MAKER, MATRIX = torch.zeros(4, 48), torch.zeros(48, 48)
 
 
-class Place:
-    """A good checkpoint, data file and benchmark in a folder of their own, to be spoilt."""
+# ------------------------------------------------------------------------------ ways to spoil a folder p of good things
 
-    def __init__(self, folder, checkpoint):
-        self.folder, self.model, self.out = folder, folder / "model", folder / "out"
-        shutil.copytree(checkpoint, self.model)
-        self.data, self.bench = write_data(folder / "data.jsonl"), write_benchmark(folder / "bench")
+def nothing(p):
+    pass
 
-    def config(self, **changes):
-        raw = {**json.loads((self.model / "config.json").read_text()), **changes}
-        (self.model / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v != "absent"}))
 
-    def tensors(self, change):
-        weights = load_file(self.model / "model.safetensors")
+def both(first, second):
+    return lambda p: (first(p), second(p))
+
+
+def remove(name):
+    return lambda p: shutil.rmtree(p / name) if (p / name).is_dir() else (p / name).unlink()
+
+
+def write(name, content):
+    return lambda p: (p / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def link_to_nowhere(name):
+    return both(remove(name), lambda p: (p / name).symlink_to("gone"))
+
+
+def make_a_folder(name):
+    return both(remove(name), lambda p: (p / name).mkdir())
+
+
+def patch(name, change):
+    return lambda p: (p / name).write_bytes(change((p / name).read_bytes()))
+
+
+def cut(name, share):
+    return patch(name, lambda content: content[:int(len(content) * share)])
+
+
+def flip(name, at):
+    return patch(name, lambda content: content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1:])
+
+
+def config(**changes):
+    """Other values in config.json; those that are "absent" go."""
+    def spoil(p):
+        raw = {**json.loads((p / CONFIG).read_text()), **changes}
+        (p / CONFIG).write_text(json.dumps({key: value for key, value in raw.items() if value != "absent"}))
+    return spoil
+
+
+def tensors(change):
+    def spoil(p):
+        weights = load_file(p / WEIGHTS)
         change(weights)
-        save_file(weights, self.model / "model.safetensors")
+        save_file(weights, p / WEIGHTS)
+    return spoil
 
-    def cut(self, name, keep):
-        data = (self.model / name).read_bytes()
-        (self.model / name).write_bytes(data[:int(len(data) * keep)])
 
-    def header(self, change):
-        path = self.model / "model.safetensors"
-        path.write_bytes(change(path.read_bytes()))
-
-    def flip(self, at):
-        self.header(lambda h: h[:at] + bytes([h[at] ^ 0xFF]) + h[at + 1:])
-
-    def index(self, change):
-        weights = load_file(self.model / "model.safetensors")
-        (self.model / "model.safetensors").unlink()
+def index(change):
+    """Weights in a.safetensors and b.safetensors with an index, which is changed."""
+    def spoil(p):
+        weights = load_file(p / WEIGHTS)
+        (p / WEIGHTS).unlink()
         names = sorted(weights)
-        save_file({n: weights[n] for n in names[:9]}, self.model / "a.safetensors")
-        save_file({n: weights[n] for n in names[9:]}, self.model / "b.safetensors")
-        weight_map = {n: "a.safetensors" if i < 9 else "b.safetensors" for i, n in enumerate(names)}
+        weight_map = {name: "a.safetensors" if i < 9 else "b.safetensors" for i, name in enumerate(names)}
+        for file in ("a.safetensors", "b.safetensors"):
+            save_file({n: weights[n] for n in names if weight_map[n] == file}, p / "model" / file)
         change(weight_map)
-        (self.model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-    def connection(self, **tensors):
-        save_file({"decision_maker.weight": torch.zeros(4, 48), "transform_matrix": torch.zeros(48, 48), **tensors}, self.model / "cctuning.safetensors")
-
-    def lines(self, *lines):
-        self.data.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        (p / "model" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return spoil
 
 
-def write(name, text):
-    return lambda p: (p.model / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+def added(**tensors):
+    """cctuning.safetensors with these tensors, beside good ones; those that are None go."""
+    tensors = {"decision_maker.weight": DECISION_MAKER, "transform_matrix": MATRIX, **tensors}
+    return lambda p: save_file({name: t for name, t in tensors.items() if t is not None}, p / ADDED)
 
 
-nothing = lambda p: None
-INFER, TRAIN, EVAL = ("infer", "--prompt=hello", "--max_new_tokens=2"), ("train",), ("eval", "--max_new_tokens=2")
-FILE = ("infer", "--input={data}", "--max_new_tokens=2")
-CASES = {
-    # the checkpoint
-    "no folder": (lambda p: shutil.rmtree(p.model), INFER, "config.json"),
-    "no config": (lambda p: (p.model / "config.json").unlink(), INFER, "config.json"),
-    "config is no JSON": (write("config.json", '{"model_type": '), INFER, "config.json"),
-    "config is a list": (write("config.json", "[1, 2]"), INFER, "config.json"),
-    "config without a size": (lambda p: p.config(hidden_size="absent"), INFER, "config.json: hidden_size"),
-    "config with a text for a size": (lambda p: p.config(num_hidden_layers="four"), INFER, "num_hidden_layers"),
-    "heads that do not fit": (lambda p: p.config(num_key_value_heads=3), INFER, "key/value heads"),
-    "another model_type": (lambda p: p.config(model_type="gemma2"), TRAIN, "model_type 'gemma2'"),
-    "another rope type": (lambda p: p.config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), TRAIN, "rope type 'yarn'"),
-    "rope without its factor": (lambda p: p.config(rope_scaling={"rope_type": "linear"}), INFER, "factor"),
-    "quantised": (lambda p: p.config(quantization_config={"bits": 4}), INFER, "quantization_config"),
-    "another activation": (lambda p: p.config(hidden_act="gelu"), INFER, "hidden_act 'gelu'"),
-    "attention bias": (lambda p: p.config(attention_bias=True), INFER, "attention_bias"),
-    "a size beyond all bounds": (lambda p: p.config(hidden_size=10 ** 12), INFER, "hidden_size"),
-    "a rope_theta beyond all bounds": (lambda p: p.config(rope_theta=10 ** 400), INFER, "rope_theta"),
-    "an EOS that is a text": (lambda p: p.config(eos_token_id="</s>"), INFER, "eos_token_id"),
-    "an EOS that is a list of lists": (write("generation_config.json", '{"eos_token_id": [[2]]}'), INFER, "generation_config.json: eos_token_id"),
-    "a tied head that is a text": (lambda p: p.config(tie_word_embeddings="false"), INFER, "tie_word_embeddings"),
-    "a saved template that is none": (lambda p: p.config(cctuning={"template": ["a"]}), INFER, "template"),
-    "a layer that there is none of": (lambda p: p.config(cctuning={"layer": 4}), INFER, "cctuning"),
-    "--layer beyond the model": (nothing, (*TRAIN, "--layer=4"), "--layer"),
-    "languages that are no list": (lambda p: p.config(cctuning={"languages": 5}), INFER, "cctuning"),
-    "added tokens of another shape": (write("tokenizer_config.json", '{"added_tokens_decoder": ["a"]}'), INFER, "tokenizer.model"),
-    "an added token beyond the embedding": (write("tokenizer_config.json", '{"added_tokens_decoder": {"600": {"content": "<x>", "special": true}}}'), INFER, "601 tokens"),
-    "[INST] in chat_template.jinja": (write("chat_template.jinja", "[INST] {{ x }} [/INST]"), INFER, "--template"),
-    "no weights": (lambda p: (p.model / "model.safetensors").unlink(), INFER, "no model.safetensors"),
-    "empty weights": (write("model.safetensors", b""), INFER, "model.safetensors"),
-    **{f"weights cut at {tenth}/10": (lambda p, tenth=tenth: p.cut("model.safetensors", tenth / 10), INFER, "model.safetensors: damaged") for tenth in range(1, 10)},
-    **{f"weights with byte {at} of the header flipped": (lambda p, at=at: p.flip(at), INFER, "model.safetensors") for at in (0, 3, 7, 8, 9, 40, 200)},
-    "weights whose header declares more than there is": (lambda p: p.header(lambda h: b"\xff" * 6 + b"\0\0" + h[8:]), INFER, "model.safetensors: damaged"),
-    "weights with a tensor beyond the file": (lambda p: p.header(lambda h: h.replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1)), INFER, "model.safetensors"),
-    "weights linked to nowhere": (lambda p: ((p.model / "model.safetensors").unlink(), (p.model / "model.safetensors").symlink_to("gone")), INFER, "model"),
-    "an index linked to nowhere": (lambda p: (p.index(lambda m: None), (p.model / "a.safetensors").unlink(),
-                                              (p.model / "a.safetensors").symlink_to("gone")), INFER, "a.safetensors: not found"),
-    "config with a key twice": (lambda p: (p.model / "config.json").write_text('{"vocab_size": 1, ' + (p.model / "config.json").read_text()[1:]), INFER, "twice"),
-    "weights are a folder": (lambda p: ((p.model / "model.safetensors").unlink(), (p.model / "model.safetensors").mkdir()), INFER, "model.safetensors"),
-    "index names a missing shard": (lambda p: p.index(lambda m: m.update({"model.norm.weight": "c.safetensors"})), INFER, "c.safetensors: not found"),
-    "index names a tensor its shard lacks": (lambda p: p.index(lambda m: m.update({"model.norm.weight": "a.safetensors"})), INFER, "a.safetensors"),
-    "index leaves a tensor out": (lambda p: p.index(lambda m: m.pop("model.norm.weight")), INFER, "model.norm.weight"),
-    "index leads out of the folder": (lambda p: p.index(lambda m: m.update({"model.norm.weight": "../x.safetensors"})), INFER, "index.json"),
-    "a tensor of the wrong shape": (lambda p: p.tensors(lambda w: w.update({"model.norm.weight": torch.zeros(47)})), INFER, "model.norm.weight has shape (47,)"),
-    "a tensor missing": (lambda p: p.tensors(lambda w: w.pop("lm_head.weight")), INFER, "lm_head.weight"),
-    "a tensor too many": (lambda p: p.tensors(lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)})), INFER, "q_proj.bias"),
-    "a quantised tensor": (lambda p: p.tensors(lambda w: w.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)})), INFER, "I8"),
-    "no tokenizer": (lambda p: (p.model / "tokenizer.model").unlink(), INFER, "no tokenizer.model"),
-    "tokenizer.model is none": (write("tokenizer.model", b"what is this"), INFER, "tokenizer.model"),
-    "tokenizer.json is none": (lambda p: ((p.model / "tokenizer.model").unlink(), write("tokenizer.json", "{}")(p)), INFER, "tokenizer.json"),
-    "a tokenizer larger than the embedding": (lambda p: (p.config(vocab_size=300), p.tensors(lambda w: w.update(
-        {k: w[k][:300].clone() for k in ("lm_head.weight", "model.embed_tokens.weight")}))), INFER, "tokenizer.model"),
-    "a template without its control tokens": (nothing, (*INFER, "--template=llama3"), "<|start_header_id|>"),
-    # what CC-Tuning added
-    "a matrix of another model": (lambda p: p.connection(transform_matrix=torch.zeros(40, 40)), INFER, "cctuning.safetensors: transform_matrix"),
-    "a Decision Maker of another model": (lambda p: p.connection(**{"decision_maker.weight": torch.zeros(5, 48)}), INFER, "decision_maker.weight"),
-    "an unknown tensor beside them": (lambda p: p.connection(other=torch.zeros(1)), INFER, "other"),
-    "matrices cut short": (lambda p: (p.connection(), p.cut("cctuning.safetensors", 0.5)), INFER, "cctuning.safetensors: damaged"),
-    "matrix asked of a plain model": (nothing, (*INFER, "--connection=matrix"), "no Transform Matrix"),
-    "english asked of a plain model": (nothing, (*INFER, "--connection=english", "--prompt_en=hi"), "no Decision Maker"),
-    "english without an English version": (lambda p: p.connection(), (*INFER, "--connection=english"), "--prompt"),
-    "no matrix of any language": (lambda p: p.connection(), (*INFER, "--matrix=per_language", "--lang=sw"), "--per_language"),
-    "a blank English version": (lambda p: (p.connection(), p.lines(dict(GOOD, instruction_en=" "))), (*FILE, "--connection=english"), "data.jsonl:1"),
-    "a matrix without its Decision Maker": (lambda p: save_file({"transform_matrix": torch.zeros(48, 48)}, p.model / "cctuning.safetensors"), INFER, "lacks"),
-    "a language's matrix without the shared one": (lambda p: save_file({"decision_maker.weight": torch.zeros(4, 48), "transform_matrix.sw": torch.zeros(48, 48)},
-                                                                       p.model / "cctuning.safetensors"), INFER, "lacks"),
-    # prompts
-    "an unknown language": (nothing, (*INFER, "--lang=xx"), "'xx'"),
-    "a prompt too long": (nothing, ("infer", "--prompt=" + "neno " * 300), "--prompt"),
-    "a prompt of 100,000 characters": (nothing, ("infer", "--prompt=" + "x y" * 33334), "--prompt"),
-    "an empty prompt": (nothing, ("infer", "--prompt= "), "--prompt"),
-    "two kinds of prompt": (nothing, ("infer", "--prompt=x", "--input=y"), "--prompt"),
-    "a language that no embedded question is in": (nothing, ("infer", "--lang=yo"), "--lang"),
-    "output without input": (nothing, (*INFER, "--output=x.jsonl"), "--output"),
-    "output is the input": (nothing, (*FILE, "--output={data}"), "data.jsonl"),
-    "output in a folder that is a file": (nothing, (*FILE, "--output={data}/x/answers.jsonl"), "data.jsonl"),
-    "input missing": (lambda p: p.data.unlink(), FILE, "data.jsonl"),
-    "input without instruction": (lambda p: p.lines({"instruction": "a"}, {"prompt": "b"}), FILE, "data.jsonl:2"),
-    "an English version of a whole file": (nothing, (*FILE, "--prompt_en=hi"), "--prompt_en"),
-    # training data
-    "data missing": (lambda p: p.data.unlink(), TRAIN, "data.jsonl"),
-    "data is a folder": (lambda p: (p.data.unlink(), p.data.mkdir()), TRAIN, "data.jsonl"),
-    "data empty": (lambda p: p.lines(""), TRAIN, "data.jsonl"),
-    "data an empty list": (lambda p: p.lines("[]"), TRAIN, "data.jsonl"),
-    "data with a broken line": (lambda p: p.lines(GOOD, GOOD, '{"instruction": "x'), TRAIN, "data.jsonl:3"),
-    "data with a broken list": (lambda p: p.lines("[", json.dumps(GOOD) + ",", json.dumps(GOOD), json.dumps(GOOD) + "]"), TRAIN, "data.jsonl:4"),
-    "data with an unfinished list": (lambda p: p.lines("[", json.dumps(GOOD) + ",", json.dumps(GOOD)), TRAIN, "data.jsonl"),
-    "data with text after the list": (lambda p: p.lines("[", json.dumps(GOOD) + "]", "more"), TRAIN, "data.jsonl"),
-    "data with a key twice": (lambda p: p.lines(GOOD, '{"instruction": "a", ' + json.dumps(GOOD)[1:]), TRAIN, "data.jsonl:2"),
-    "data with a prompt of only spaces": (lambda p: p.lines(dict(GOOD, instruction="\u3000 ")), TRAIN, 'data.jsonl:1: "instruction"'),
-    "data linked to nowhere": (lambda p: (p.data.unlink(), p.data.symlink_to("gone")), TRAIN, "data.jsonl"),
-    "data with prompts of 100,000 characters": (lambda p: p.lines(dict(GOOD, instruction="x y" * 33334)), TRAIN, "--max_length"),
-    "data with a number for a line": (lambda p: p.lines(GOOD, "3"), TRAIN, "data.jsonl:2"),
-    "data without a field": (lambda p: p.lines(GOOD, {k: v for k, v in GOOD.items() if k != "instruction_en"}), TRAIN, 'data.jsonl:2: "instruction_en"'),
-    "data with an empty field": (lambda p: p.lines(GOOD, dict(GOOD, output=" ")), TRAIN, 'data.jsonl:2: "output"'),
-    "data with a list for a text": (lambda p: p.lines(dict(GOOD, instruction=["a"])), TRAIN, 'data.jsonl:1: "instruction"'),
-    "data with a number for a language": (lambda p: p.lines(dict(GOOD, lang=7)), TRAIN, 'data.jsonl:1: "lang"'),
-    "data with half a character": (lambda p: p.lines(dict(GOOD, output="\ud83d")), TRAIN, 'data.jsonl:1: "output"'),
-    "data not UTF-8": (lambda p: p.data.write_bytes(json.dumps(GOOD).encode() + b'\n{"instruction": "\xff"}'), TRAIN, "data.jsonl:2"),
-    "data all too long": (nothing, (*TRAIN, "--max_length=4"), "--max_length"),
-    "data all English": (lambda p: p.lines(dict(GOOD, instruction="What?")), TRAIN, "data.jsonl"),
-    "data without languages": (lambda p: p.lines({k: v for k, v in GOOD.items() if k != "lang"}), (*TRAIN, "--per_language"), '"lang"'),
-    "validation data broken": (lambda p: (p.folder / "dev.jsonl").write_text("{"), (*TRAIN, "--eval_data={folder}/dev.jsonl"), "dev.jsonl:1"),
-    "--max_length beyond the model": (nothing, (*TRAIN, "--max_length=300"), "256"),
-    "a learning rate that diverges": (lambda p: p.lines(*[GOOD] * 8), (*TRAIN, "--lr=1e18", "--batch_size=1"), "--lr"),
-    "only a matrix, of a plain model": (nothing, (*TRAIN, "--epochs=0"), "no Decision Maker"),
-    "--out is a file": (lambda p: p.out.write_text("mine"), TRAIN, "out"),
-    "--out in a file": (nothing, (*TRAIN, "--out={data}/out"), "data.jsonl"),
-    "--out holds a model": (nothing, (*TRAIN, "--out={model}"), "--overwrite"),
-    # benchmarks
-    "no room for prompts": (nothing, ("eval", "--max_new_tokens=300"), "--max_new_tokens"),
-    "a second model that is none": (nothing, (*EVAL, "--model", "{model}", "{folder}/nowhere"), "nowhere/config.json"),
-    "an unknown task": (nothing, (*EVAL, "--tasks=XYZ"), "'XYZ'"),
-    "no task there": (lambda p: shutil.rmtree(p.bench / "XNLI"), EVAL, "bench"),
-    "a task without gold": (lambda p: shutil.rmtree(p.bench / "XNLI" / "ans_sample"), EVAL, "XNLI"),
-    "a language without gold": (lambda p: (p.bench / "XNLI" / "ans_sample" / "sw.json").unlink(), EVAL, "sw.json"),
-    "a language that the task lacks": (nothing, (*EVAL, "--langs=en,yo"), "'yo'"),
-    "fewer golds than prompts": (lambda p: (p.bench / "XNLI" / "ans_sample" / "sw.json").write_text('"1"\n"2"'), EVAL, "sw.json"),
-    "a gold that is no option": (lambda p: (p.bench / "XNLI" / "ans_sample" / "sw.json").write_text('"1"\n"7"\n"1"\n"1"\n"1"'), EVAL, "sw.json:2"),
-    "a broken prompt": (lambda p: (p.bench / "XNLI" / "split_sample" / "sw.json").write_text('{"instruction": "a"}\n{'), EVAL, "sw.json:2"),
-    "results in a file": (lambda p: p.out.write_text("mine"), EVAL, "out"),
+def lines(*lines):
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    return write(DATA, "\n".join(lines))
+
+
+def without(key):
+    return {name: value for name, value in GOOD.items() if name != key}
+
+
+CASES = {  # command: {what is wrong: (what the message names, how it is spoilt, further options)}
+    ("infer", "--prompt=hello", "--max_new_tokens=2"): {
+        # the checkpoint
+        "no folder": ("config.json", remove("model")),
+        "no config": ("config.json", remove(CONFIG)),
+        "config is no JSON": ("config.json", write(CONFIG, '{"model_type": ')),
+        "config is a list": ("config.json", write(CONFIG, "[1, 2]")),
+        "config with a key twice": ("twice", patch(CONFIG, lambda text: b'{"vocab_size": 1, ' + text[1:])),
+        "config without a size": ("config.json: hidden_size", config(hidden_size="absent")),
+        "config with a text for a size": ("num_hidden_layers", config(num_hidden_layers="four")),
+        "heads that do not fit": ("key/value heads", config(num_key_value_heads=3)),
+        "rope without its factor": ("factor", config(rope_scaling={"rope_type": "linear"})),
+        "quantised": ("quantization_config", config(quantization_config={"bits": 4})),
+        "another activation": ("hidden_act 'gelu'", config(hidden_act="gelu")),
+        "attention bias": ("attention_bias", config(attention_bias=True)),
+        "a size beyond all bounds": ("hidden_size", config(hidden_size=10 ** 12)),
+        "a rope_theta beyond all bounds": ("rope_theta", config(rope_theta=10 ** 400)),
+        "an EOS that is a text": ("eos_token_id", config(eos_token_id="</s>")),
+        "an EOS that is a list of lists": ("generation_config.json: eos_token_id",
+                                           write("model/generation_config.json", '{"eos_token_id": [[2]]}')),
+        "a tied head that is a text": ("tie_word_embeddings", config(tie_word_embeddings="false")),
+        "a saved template that is none": ("template", config(cctuning={"template": ["a"]})),
+        "a layer that there is none of": ("cctuning", config(cctuning={"source_layer": 4})),
+        "languages that are no list": ("cctuning", config(cctuning={"languages": 5})),
+        "no weights": ("no model.safetensors", remove(WEIGHTS)),
+        "empty weights": ("model.safetensors", write(WEIGHTS, "")),
+        **{f"weights cut at {tenth}/10": ("model.safetensors: damaged", cut(WEIGHTS, tenth / 10))
+           for tenth in range(1, 10)},
+        **{f"weights with byte {at} of the header flipped": ("model.safetensors", flip(WEIGHTS, at))
+           for at in (0, 3, 7, 8, 9, 40, 200)},
+        "weights whose header declares more than there is": (
+            "model.safetensors: damaged", patch(WEIGHTS, lambda content: b"\xff" * 6 + b"\0\0" + content[8:])),
+        "weights with a tensor beyond the file": ("model.safetensors", patch(
+            WEIGHTS, lambda content: content.replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1))),
+        "weights linked to nowhere": ("model", link_to_nowhere(WEIGHTS)),
+        "weights are a folder": ("model.safetensors", make_a_folder(WEIGHTS)),
+        "an index linked to nowhere": ("a.safetensors: not found", both(
+            index(lambda files: None), link_to_nowhere("model/a.safetensors"))),
+        "index names a missing shard": ("c.safetensors: not found", index(
+            lambda files: files.update({"model.norm.weight": "c.safetensors"}))),
+        "index names a tensor its shard lacks": ("a.safetensors", index(
+            lambda files: files.update({"model.norm.weight": "a.safetensors"}))),
+        "index leaves a tensor out": ("model.norm.weight", index(lambda files: files.pop("model.norm.weight"))),
+        "index leads out of the folder": ("index.json", index(
+            lambda files: files.update({"model.norm.weight": "../x.safetensors"}))),
+        "a tensor of the wrong shape": ("model.norm.weight has shape (47,)", tensors(
+            lambda weights: weights.update({"model.norm.weight": torch.zeros(47)}))),
+        "a tensor missing": ("lm_head.weight", tensors(lambda weights: weights.pop("lm_head.weight"))),
+        "a tensor too many": ("q_proj.bias", tensors(
+            lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}))),
+        "a quantised tensor": ("I8", tensors(
+            lambda weights: weights.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}))),
+        "no tokenizer": ("no tokenizer.model", remove("model/tokenizer.model")),
+        "tokenizer.model is none": ("tokenizer.model", write("model/tokenizer.model", "what is this")),
+        "tokenizer.json is none": ("tokenizer.json", both(
+            remove("model/tokenizer.model"), write("model/tokenizer.json", "{}"))),
+        "a tokenizer larger than the embedding": ("tokenizer.model", both(config(vocab_size=300), tensors(
+            lambda weights: weights.update({name: weights[name][:300].clone()
+                                            for name in ("lm_head.weight", "model.embed_tokens.weight")})))),
+        "added tokens of another shape": ("tokenizer.model", write(
+            "model/tokenizer_config.json", '{"added_tokens_decoder": ["a"]}')),
+        "an added token beyond the embedding": ("601 tokens", write(
+            "model/tokenizer_config.json", '{"added_tokens_decoder": {"600": {"content": "<x>", "special": true}}}')),
+        "[INST] in chat_template.jinja": ("--template", write(
+            "model/chat_template.jinja", "[INST] {{ x }} [/INST]")),
+        "a template without its control tokens": ("<|start_header_id|>", nothing, "--template=llama3"),
+        # what CC-Tuning added
+        "a matrix of another model": ("cctuning.safetensors: transform_matrix", added(
+            transform_matrix=torch.zeros(40, 40))),
+        "a Decision Maker of another model": ("decision_maker.weight", added(
+            **{"decision_maker.weight": torch.zeros(5, 48)})),
+        "an unknown tensor beside them": ("other", added(other=torch.zeros(1))),
+        "matrices cut short": ("cctuning.safetensors: damaged", both(added(), cut(ADDED, 0.5))),
+        "a matrix without its Decision Maker": ("lacks", added(**{"decision_maker.weight": None})),
+        "a language's matrix without the shared one": ("lacks", added(
+            **{"transform_matrix": None, "transform_matrix.sw": MATRIX})),
+        "matrix asked of a plain model": ("no Transform Matrix", nothing, "--connection=matrix"),
+        "english asked of a plain model": ("no Decision Maker", nothing, "--connection=english", "--prompt_en=hi"),
+        "english without an English version": ("--prompt", added(), "--connection=english"),
+        "no matrix of any language": ("--per_language", added(), "--matrix=per_language", "--lang=sw"),
+        # options
+        "an unknown language": ("'xx'", nothing, "--lang=xx"),
+        "output without input": ("--output", nothing, "--output=x.jsonl"),
+        "an English version that is not used": ("--prompt_en", nothing, "--prompt_en=hi"),
+        "two kinds of prompt": ("--prompt", nothing, "--input={data}"),
+        "a prompt too long": ("--prompt", nothing, "--prompt=" + "neno " * 300),
+        "a prompt of 100,000 characters": ("--prompt", nothing, "--prompt=" + "x y" * 33334),
+        "an empty prompt": ("--prompt", nothing, "--prompt= "),
+    },
+    ("infer", "--lang=yo"): {
+        "a language that no embedded question is in": ("--lang", nothing),
+    },
+    ("infer", "--input={data}", "--max_new_tokens=2"): {
+        "input missing": ("data.jsonl", remove(DATA)),
+        "input without instruction": ("data.jsonl:2", lines({"instruction": "a"}, {"prompt": "b"})),
+        "a blank English version": ("data.jsonl:1", both(added(), lines({**GOOD, "instruction_en": " "})),
+                                    "--connection=english"),
+        "an English version of a whole file": ("--prompt_en", nothing, "--prompt_en=hi"),
+        "output is the input": ("data.jsonl", nothing, "--output={data}"),
+        "output in a folder that is a file": ("data.jsonl", nothing, "--output={data}/x/answers.jsonl"),
+    },
+    ("train",): {
+        "another model_type": ("model_type 'gemma2'", config(model_type="gemma2")),
+        "another rope type": ("rope type 'yarn'", config(rope_scaling={"rope_type": "yarn", "factor": 4.0})),
+        "data missing": ("data.jsonl", remove(DATA)),
+        "data is a folder": ("data.jsonl", make_a_folder(DATA)),
+        "data linked to nowhere": ("data.jsonl", link_to_nowhere(DATA)),
+        "data empty": ("data.jsonl", lines("")),
+        "data an empty list": ("data.jsonl", lines("[]")),
+        "data not UTF-8": ("data.jsonl:2", write(DATA, json.dumps(GOOD).encode() + b'\n{"instruction": "\xff"}')),
+        "data with a broken line": ("data.jsonl:3", lines(GOOD, GOOD, '{"instruction": "x')),
+        "data with a broken list": ("data.jsonl:4", lines(
+            "[", json.dumps(GOOD) + ",", json.dumps(GOOD), json.dumps(GOOD) + "]")),
+        "data with an unfinished list": ("data.jsonl", lines("[", json.dumps(GOOD) + ",", GOOD)),
+        "data with text after the list": ("data.jsonl", lines("[", json.dumps(GOOD) + "]", "more")),
+        "data with a key twice": ("data.jsonl:2", lines(GOOD, '{"instruction": "a", ' + json.dumps(GOOD)[1:])),
+        "data with a number for a line": ("data.jsonl:2", lines(GOOD, "3")),
+        "data without a field": ('data.jsonl:2: "instruction_en"', lines(GOOD, without("instruction_en"))),
+        "data with an empty field": ('data.jsonl:2: "output"', lines(GOOD, {**GOOD, "output": " "})),
+        "data with a prompt of only spaces": ('data.jsonl:1: "instruction"', lines({**GOOD, "instruction": "\u3000 "})),
+        "data with a list for a text": ('data.jsonl:1: "instruction"', lines({**GOOD, "instruction": ["a"]})),
+        "data with a number for a language": ('data.jsonl:1: "lang"', lines({**GOOD, "lang": 7})),
+        "data with half a character": ('data.jsonl:1: "output"', lines({**GOOD, "output": "\ud83d"})),
+        "data with prompts of 100,000 characters": ("--max_length", lines({**GOOD, "instruction": "x y" * 33334})),
+        "data all too long": ("--max_length", nothing, "--max_length=4"),
+        "data all English": ("data.jsonl", lines({**GOOD, "instruction": "What?"})),
+        "data without languages": ('"lang"', lines(without("lang")), "--per_language"),
+        "validation data broken": ("dev.jsonl:1", write("dev.jsonl", "{"), "--eval_data={folder}/dev.jsonl"),
+        "--source_layer beyond the model": ("--source_layer", nothing, "--source_layer=4"),
+        "--max_length beyond the model": ("256", nothing, "--max_length=300"),
+        "a learning rate that diverges": ("--lr", lines(*[GOOD] * 8), "--lr=1e18", "--batch_size=1"),
+        "only a matrix, of a plain model": ("no Decision Maker", nothing, "--epochs=0"),
+        "--out is a file": ("out", write("out", "mine")),
+        "--out in a file": ("data.jsonl", nothing, "--out={data}/out"),
+        "--out holds a model": ("--overwrite", nothing, "--out={model}"),
+    },
+    ("eval", "--max_new_tokens=2"): {
+        "no room for prompts": ("--max_new_tokens", nothing, "--max_new_tokens=300"),
+        "a second model that is none": ("nowhere/config.json", nothing, "--model", "{model}", "{folder}/nowhere"),
+        "an unknown task": ("'XYZ'", nothing, "--tasks=XYZ"),
+        "no task there": ("bench", remove(BENCH)),
+        "a task without gold": ("XNLI", remove(f"{BENCH}/ans_sample")),
+        "a language without gold": ("sw.json", remove(f"{BENCH}/ans_sample/sw.json")),
+        "a language that the task lacks": ("'yo'", nothing, "--langs=en,yo"),
+        "fewer golds than prompts": ("sw.json", write(f"{BENCH}/ans_sample/sw.json", '"1"\n"2"')),
+        "a gold that is no option": ("sw.json:2", write(f"{BENCH}/ans_sample/sw.json", '"1"\n"7"\n"1"\n"1"\n"1"')),
+        "a broken prompt": ("sw.json:2", write(f"{BENCH}/split_sample/sw.json", '{"instruction": "a"}\n{')),
+        "results in a file": ("out", write("out", "mine")),
+    },
 }
 
 
-@pytest.mark.parametrize("spoil, command, culprit", CASES.values(), ids=CASES.keys())
-def test_bad_input(checkpoint, tmp_path, run, spoil, command, culprit):
-    """Catches a traceback, a message that does not name the culprit, an exit code of 0 or 1, and files left half-written."""
-    place = Place(tmp_path, checkpoint())
-    spoil(place)
-    script, *flags = [part.format(**vars(place)) for part in command]
-    options = {"--model": place.model}
-    if script != "infer":
-        options |= {"--data": place.data if script == "train" else place.bench, "--out": place.out}
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    code, out, err = run(script, *[str(x) for option in options.items() for x in option], *flags)
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "train_log.jsonl"}
+
+
+@pytest.mark.parametrize("command, culprit, spoil, options", [
+    pytest.param(command, culprit, spoil, options, id=name)
+    for command, cases in CASES.items() for name, (culprit, spoil, *options) in cases.items()])
+def test_bad_input(checkpoint, tmp_path, run, command, culprit, spoil, options):
+    """Catches a traceback, a message that does not name the culprit, an exit code of 0 or 1, and files left
+    half-written."""
+    places = {"folder": tmp_path, "model": tmp_path / "model", "data": tmp_path / DATA}
+    shutil.copytree(checkpoint(), places["model"])
+    write_data(places["data"])
+    write_benchmark(tmp_path / "bench")
+    spoil(tmp_path)
+    before = files(tmp_path)
+    script, *options = [part.format(**places) for part in (*command, *options)]
+    given = {"infer": [], "train": ["--data", places["data"], "--out", tmp_path / "out"],
+             "eval": ["--data", tmp_path / "bench", "--out", tmp_path / "out"]}[script]
+    code, out, err = run(script, "--model", places["model"], *given, *options)
     message = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(message) == 1 and culprit in message[0] and err == message[0] + "\n", (code, err)
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "train_log.jsonl"}
-    assert after == before
+    assert files(tmp_path) == before
 
 
 def test_tokenizer_json_without_the_package(tmp_path, run, monkeypatch):
@@ -216,14 +286,20 @@ def test_tokenizer_json_without_the_package(tmp_path, run, monkeypatch):
     assert code == 2 and "tokenizer.json" in err and "pip install tokenizers" in err and err.count("\n") == 1
 
 
-def test_from_the_shell(checkpoint, tmp_path):
-    """Catches a script that does not go through run_script: everything else here calls main() in this process."""
-    for script, flags in (("train", ["--data", "x"]), ("infer", ["--prompt", "x"]), ("eval", ["--data", str(write_benchmark(tmp_path))])):
-        done = subprocess.run([sys.executable, Path(__file__).parent.parent / f"{script}.py", "--model", "nowhere", *flags], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith("error: nowhere/config.json") and done.stderr.count("\n") == 1, done.stderr
+def test_as_scripts(tmp_path, monkeypatch, capsys):
+    """Catches a script that does not go through run_script: everything else here calls main() in its place."""
+    monkeypatch.chdir(tmp_path)
+    data = str(write_benchmark(tmp_path))
+    commands = {"train": ["--data", data], "infer": ["--prompt", "x"], "eval": ["--data", data]}
+    for script, options in commands.items():
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--model", "nowhere", *options])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: nowhere/config.json") and err.count("\n") == 1, err
 
 
-def test_bugs_keep_their_traceback(checkpoint, tmp_path, run, monkeypatch):
+def test_bugs_keep_their_traceback(checkpoint, run, monkeypatch):
     """Catches a handler so wide that it turns our own mistakes into user errors."""
     monkeypatch.setattr("infer.read_prompts", lambda args: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -1,14 +1,14 @@
-"""README.md against the code. The commands it marks as runnable are run by .ci/run; here is what a run does not show."""
+"""README.md against the code. The commands it marks are run by .ci/run; here is what that does not show."""
 import importlib
 import re
 from functools import reduce
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| (.+?) \| \[(\w+)\.py\]\(\2\.py\) \| (.+) \|$", README, re.MULTILINE)  # of "The paper in the code"
+ROWS = re.findall(r"^\| (.+?) \| \[(\w+)\.py\]\(\2\.py\) \| (.+) \|$", README, re.MULTILINE)  # step, file, functions
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
             for line in re.findall(r"(\w+)\.py ([^#|;&\n]*)", block.replace("\\\n", " "))]
 

@@ -1,112 +1,92 @@
-"""Training: data, batches, the loss of a step, one process against two, what is saved."""
+"""Training: data, batches, the loss of a step, what is saved."""
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import infer
 import train
 from cctuning import gumbel_noise, load_cctuning
-from conftest import PAIRS, write_checkpoint, write_data
+from conftest import (PAIRS, UNEVEN, logged, losses, tensors, training, worst_difference, write_checkpoint,
+                      write_data)
 from model import Config, Tokenizer, pad
 
-ROOT = Path(__file__).parent.parent
 
-
-def steps_of(folder):
-    """(losses, gradient norms) of the logged steps."""
-    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-    return [np.array([line[key] for line in lines if "loss" in line]) for key in ("loss", "grad_norm")]
-
-
-def weights(folder):
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
-def worst_difference(a, b):
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def arguments(folder, data, out, **options):
-    options = {"lr": 1e-2, "epochs": 2, "batch_size": 6, "micro_batch": 6, "matrix_prompts": 40, "dtype": "float32", **options}
-    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value is not False]
-    return ["--model", folder, "--data", data, "--out", out, *flags]
+def note_of(folder):
+    """What the run noted in the result's config.json."""
+    return json.loads((folder / "config.json").read_text())["cctuning"]
 
 
 @pytest.mark.parametrize("method, english_grad", [("cc", False), ("cc", True), ("sft", False)])
-def test_accumulation_and_two_processes_equal_one_batch(checkpoint, tmp_path, run, method, english_grad):
-    """Catches a mean of means (answers differ in length), gradients summed over processes or averaged over micro-batches, Gumbel noise that
-    depends on the process, and a process without a sample in the last step. 13 samples: steps of 6, 6 and 1."""
-    data = write_data(tmp_path / "data.jsonl", (PAIRS * 3)[:13])
-    options = dict(method=method, english_grad=english_grad, seed=3)
-    code, _, err = run("train", *arguments(checkpoint(), data, tmp_path / "one", **options))
-    assert code == 0, err
-    run("train", *arguments(checkpoint(), data, tmp_path / "accumulated", **options, micro_batch=2))
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
-           *arguments(checkpoint(), data, tmp_path / "two", **options, micro_batch=2)]
-    done = subprocess.run([str(a) for a in two], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    losses, norms = steps_of(tmp_path / "one")
-    assert len(losses) == 6 and losses[0] > losses[-1]
-    for other in ("accumulated", "two"):
-        other_losses, other_norms = steps_of(tmp_path / other)
-        assert np.abs(other_losses - losses).max() < 1e-5, other
-        assert np.abs(other_norms / norms - 1).max() < 1e-4, other
-        assert worst_difference(weights(tmp_path / other), weights(tmp_path / "one")) < 1e-4, other
-    assert (tmp_path / "one" / "cctuning.safetensors").exists() == (method == "cc")
+def test_accumulation_equals_one_batch(checkpoint, tmp_path, run, method, english_grad):
+    """Catches a mean of means (answers differ in length), gradients averaged over micro-batches, and Gumbel noise that
+    depends on the micro-batch. (For several processes: test_distributed.py.)"""
+    data, one, parts = write_data(tmp_path / "data.jsonl", UNEVEN), tmp_path / "one", tmp_path / "parts"
+    options = {"method": method, "english_grad": english_grad, "seed": 3}
+    for out, micro_batch in ((one, 6), (parts, 2)):
+        code, _, err = run(*training(checkpoint(), data, out, micro_batch=micro_batch, **options))
+        assert code == 0, err
+    assert len(losses(one)) == 6 and losses(one)[0] > losses(one)[-1]
+    assert np.abs(losses(parts) - losses(one)).max() < 1e-5
+    assert np.abs(logged(parts, "grad_norm") / logged(one, "grad_norm") - 1).max() < 1e-4
+    assert worst_difference(tensors(parts), tensors(one)) < 1e-4
+    assert (one / "cctuning.safetensors").exists() == (method == "cc")
 
 
 @pytest.mark.parametrize("english_grad", [False, True])
 def test_equals_a_plain_loop(checkpoint, tmp_path, run, english_grad):
-    """Catches what every way of running has in common: gradients kept from the last step, betas, weight decay, Gumbel noise left out or
-    repeated, --english_grad that changes nothing, a matrix fitted at another position, from English to own language, or without its ridge."""
-    folder, data = checkpoint("chatml"), write_data(tmp_path / "data.jsonl", PAIRS[:5])
-    code, _, err = run("train", *arguments(folder, data, tmp_path / "out", epochs=3, batch_size=3, english_grad=english_grad, ridge=0.1))
+    """Catches what every way of running has in common: gradients kept from the last step, betas, weight decay, Gumbel
+    noise left out or repeated, --english_grad that changes nothing, a matrix fitted at another position, from English
+    to own language, or without its ridge."""
+    folder, data, out = checkpoint("chatml"), write_data(tmp_path / "data.jsonl", PAIRS[:5]), tmp_path / "out"
+    code, _, err = run(*training(folder, data, out, epochs=3, batch_size=3, english_grad=english_grad, ridge=0.1))
     assert code == 0, err
-    log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
     cc, tokenizer = load_cctuning(folder, torch.float32), Tokenizer(folder, Config.read(folder))
     samples, _ = train.read_samples(data, tokenizer, 256)
     optimizer = torch.optim.AdamW(cc.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
-    for step, numbers in enumerate(numbers for epoch in range(3) for numbers in train.plan(samples, 3, 0, epoch)):
+    steps = [numbers for epoch in range(3) for numbers in train.plan(samples, 3, 0, epoch)]
+    log = zip(losses(out), logged(out, "grad_norm"), logged(out, "lr"), strict=True)
+    for step, (numbers, (logged_loss, logged_norm, lr)) in enumerate(zip(steps, log, strict=True)):
         batch = train.collate([samples[i] for i in numbers], tokenizer.connection_index)
         loss = cc(batch, "english", gumbel_noise(0, step, numbers, 4), english_grad) / (batch.labels != -100).sum()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(cc.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = log[step]["lr"]
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        assert abs(loss.item() - log[step]["loss"]) < 1e-4 and abs(norm.item() / log[step]["grad_norm"] - 1) < 1e-3, step
-    saved, foreign = load_cctuning(tmp_path / "out"), [s for s in samples if not s.is_english]  # four samples: none is held out
-    assert max((a - b).abs().max().item() for a, b in zip(cc.parameters(), saved.parameters())) < 1e-5
+        assert abs(loss.item() - logged_loss) < 1e-4 and abs(norm.item() / logged_norm - 1) < 1e-3, step
+    saved = load_cctuning(out)
+    assert max((a - b).abs().max().item() for a, b in zip(cc.parameters(), saved.parameters(), strict=True)) < 1e-5
+    foreign = [s for s in samples if not s.is_english]  # four: none is held out
     with torch.no_grad():
-        x, y = (cc.activations(ids, lengths + tokenizer.connection_index).flatten(0, 1).double()
-                for ids, lengths in (pad([s.ids[:s.prompt_length] for s in foreign]), pad([s.english_ids for s in foreign])))
+        x, y = (cc.activations(ids, lengths + tokenizer.connection_index).flatten(0, 1).double() for ids, lengths in
+                (pad([s.ids[:s.prompt_length] for s in foreign]), pad([s.english_ids for s in foreign])))
     expected = torch.linalg.solve(x.T @ x + 0.1 * x.square().sum() / 48 * torch.eye(48), x.T @ y)
     assert (saved.matrices["shared"] - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 def test_keeps_dtype_and_template(tmp_path, run):
     """Catches weights saved in float32 whatever they came in, and a --template that is forgotten with the run."""
-    folder = write_checkpoint(tmp_path / "model")
-    tensors = load_file(folder / "model.safetensors")
-    save_file({name: t.bfloat16() for name, t in tensors.items()}, folder / "model.safetensors")
+    folder, out = write_checkpoint(tmp_path / "model"), tmp_path / "out"
+    weights = {name: t.bfloat16() for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors")
     data = write_data(tmp_path / "data.jsonl", repeat=2)
-    run("train", *arguments(folder, data, tmp_path / "out", epochs=1, template="llama2"))
-    found = weights(tmp_path / "out")
-    assert {t.dtype for name, t in found.items() if name in tensors} == {torch.bfloat16} and found["transform_matrix"].dtype == torch.float32
-    assert Tokenizer(tmp_path / "out", Config.read(tmp_path / "out")).template == "llama2"
+    run(*training(folder, data, out, epochs=1, template="llama2"))
+    found = tensors(out)
+    assert {found[name].dtype for name in weights} == {torch.bfloat16}
+    assert found["transform_matrix"].dtype == torch.float32
+    assert Tokenizer(out, Config.read(out)).template == "llama2"
 
 
 def test_fit_is_measured_on_other_prompts(checkpoint, tmp_path, run):
-    """Catches R^2 taken on the prompts of the fit (1.00 here, where few prompts are fitted exactly), and --matrix_prompts ignored."""
-    data = write_data(tmp_path / "data.jsonl", [(f"swali {i} {i * 7}", f"question {i * 3}", "jibu", "sw") for i in range(30)])
-    run("train", *arguments(checkpoint(), data, tmp_path / "out", epochs=1, matrix_prompts=5))
-    note = json.loads((tmp_path / "out" / "config.json").read_text())["cctuning"]["matrix"]
+    """Catches R^2 taken on the prompts of the fit (1.00 here, where few prompts are fitted exactly), and
+    --matrix_prompts ignored."""
+    pairs = [(f"swali {i} {i * 7}", f"question {i * 3}", "jibu", "sw") for i in range(30)]
+    data = write_data(tmp_path / "data.jsonl", pairs)
+    run(*training(checkpoint(), data, tmp_path / "out", epochs=1, matrix_prompts=5))
+    note = note_of(tmp_path / "out")["matrix"]
     assert (note["prompts"], note["held_out"]) == (5, 6) and max(note["r_squared"]) < 0.9
 
 
@@ -114,8 +94,8 @@ def test_same_seed_same_run(checkpoint, tmp_path, run):
     """Catches randomness outside the seed, and a seed that changes nothing."""
     data = write_data(tmp_path / "data.jsonl", repeat=2)
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run("train", *arguments(checkpoint(), data, tmp_path / out, seed=seed, epochs=1))
-    a, b, c = (weights(tmp_path / out) for out in "abc")
+        run(*training(checkpoint(), data, tmp_path / out, seed=seed, epochs=1))
+    a, b, c = (tensors(tmp_path / out) for out in "abc")
     assert worst_difference(a, b) == 0 and worst_difference(a, c) > 0
 
 
@@ -126,7 +106,8 @@ def tokenizer(checkpoint):
 
 
 def test_targets(tokenizer, tmp_path):
-    """Catches an end of turn that is not trained on, a prompt token that is, padding that is, and a connection position off by one."""
+    """Catches an end of turn that is not trained on, a prompt token that is, padding that is, and a connection position
+    off by one."""
     samples, _ = train.read_samples(write_data(tmp_path / "data.jsonl"), tokenizer, 256)
     batch = train.collate(samples, tokenizer.connection_index)
     for i, (own, english, answer, _) in enumerate(PAIRS):
@@ -138,16 +119,22 @@ def test_targets(tokenizer, tmp_path):
 
 
 def test_lengths(tokenizer, tmp_path):
-    """Catches an English prompt cut to the other language's length, a prompt cut instead of dropped, an answer not cut at --max_length."""
-    data = write_data(tmp_path / "data.jsonl", [("fupi", "a much longer question in English: " + "what? " * 9, "jibu refu " * 30, "sw"),
-                                                ("ndefu " * 60, "short", "jibu", "sw"), ("fupi", "long " * 60, "jibu", "sw")])
+    """Catches an English prompt cut to the other language's length, a prompt cut instead of dropped, an answer not cut
+    at --max_length."""
+    english = "a much longer question in English: " + "what? " * 9
+    data = write_data(tmp_path / "data.jsonl", [
+        ("fupi", english, "jibu refu " * 30, "sw"),
+        ("ndefu " * 60, "short", "jibu", "sw"),
+        ("fupi", "long " * 60, "jibu", "sw"),
+    ])
     samples, dropped = train.read_samples(data, tokenizer, 100)
     assert dropped == 2 and len(samples) == 1
-    assert len(samples[0].ids) == 100 and samples[0].english_ids == tokenizer.prompt("a much longer question in English: " + "what? " * 9)
+    assert len(samples[0].ids) == 100 and samples[0].english_ids == tokenizer.prompt(english)
 
 
 def test_schema(tokenizer, tmp_path):
-    """Catches a JSON list read otherwise than JSON lines, an "input" that is lost, and English samples that are not seen as such."""
+    """Catches a JSON list read otherwise than JSON lines, an "input" that is lost, and English samples that are not
+    seen as such."""
     lines = [{"instruction": "Jibu:", "input": "2 + 3", "output": "5", "instruction_en": "Answer: 2 + 3"},
              {"instruction": "Answer:", "input": "2 + 3", "output": "5", "instruction_en": "Answer:"}]
     (tmp_path / "list.json").write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
@@ -158,9 +145,20 @@ def test_schema(tokenizer, tmp_path):
     assert a[1].english_ids == a[1].ids[:a[1].prompt_length] == tokenizer.prompt("Answer:\n2 + 3")
 
 
+def test_english_version_of_a_prompt_to_answer(checkpoint, tmp_path, run, monkeypatch):
+    """Catches an "input" that the English pass sees in training and not in answering."""
+    own = {"instruction": "Answer:", "input": "2 + 3", "instruction_en": "Answer:", "output": "5"}
+    data, seen, prompt = tmp_path / "data.jsonl", [], infer.Engine.prompt
+    data.write_text(json.dumps(own))
+    monkeypatch.setattr(infer.Engine, "prompt", lambda *given: seen.append(given[1:3]) or prompt(*given))
+    assert run("infer", "--model", checkpoint(), "--input", data, "--max_new_tokens", 1)[0] == 0
+    assert seen == [("Answer:\n2 + 3", "Answer:\n2 + 3")]
+
+
 @pytest.mark.parametrize("batch_size", [4, 50, 128, 300])
 def test_plan(batch_size):
-    """Catches samples lost or seen twice in an epoch, an order that repeats or follows length, and rows of very different length together."""
+    """Catches samples lost or seen twice in an epoch, an order that repeats or follows length, and rows of very
+    different length together."""
     rng = np.random.default_rng(0)
     samples = [train.Sample([0] * int(n), 1, [0], None, False) for n in rng.integers(2, 400, 700)]
     steps = train.plan(samples, batch_size, 0, 0)
@@ -171,8 +169,8 @@ def test_plan(batch_size):
     assert all(step == sorted(step, reverse=True) for step in lengths)
     means = [np.mean(step) for step in lengths]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5 or len(means) < 10
-    padding = 1 - sum(map(sum, lengths)) / sum(len(step[i:i + 4]) * step[i] for step in lengths for i in range(0, len(step), 4))
-    assert padding < 0.15
+    computed = sum(len(step[i:i + 4]) * step[i] for step in lengths for i in range(0, len(step), 4))
+    assert 1 - sum(map(sum, lengths)) / computed < 0.15  # padding
 
 
 def test_deal():
@@ -185,33 +183,34 @@ def test_deal():
 
 def test_only_the_matrix(checkpoint, tmp_path, run):
     """Catches --epochs 0 that changes weights or the Decision Maker, and per-language matrices that are not saved."""
-    data = write_data(tmp_path / "data.jsonl", repeat=4)
-    run("train", *arguments(checkpoint(), data, tmp_path / "trained", epochs=1))
-    code, out, err = run("train", *arguments(tmp_path / "trained", data, tmp_path / "fitted", epochs=0, per_language=True, ridge=0.1))
+    data, trained, fitted = write_data(tmp_path / "data.jsonl", repeat=4), tmp_path / "trained", tmp_path / "fitted"
+    run(*training(checkpoint(), data, trained, epochs=1))
+    code, _, err = run(*training(trained, data, fitted, epochs=0, per_language=True, ridge=0.1))
     assert code == 0, err
-    before, after = weights(tmp_path / "trained"), weights(tmp_path / "fitted")
+    before, after = tensors(trained), tensors(fitted)
     assert after.keys() - before.keys() == {"transform_matrix.de", "transform_matrix.hi", "transform_matrix.sw"}
     assert all(before[name].equal(after[name]) for name in before if name != "transform_matrix")
     assert not before["transform_matrix"].equal(after["transform_matrix"])
-    note = json.loads((tmp_path / "fitted" / "config.json").read_text())["cctuning"]
-    assert note["arguments"]["epochs"] == 0 and note["matrix"]["ridge"] == 0.1 and len(note["matrix"]["r_squared"]) == 4
+    note = note_of(fitted)
+    assert note["arguments"]["epochs"] == 0
+    assert note["matrix"]["ridge"] == 0.1 and len(note["matrix"]["r_squared"]) == 4
     assert sum(note["matrix"]["prompts_per_language"].values()) == note["matrix"]["prompts"] == 16
-    assert load_cctuning(tmp_path / "fitted").matrices.keys() == {"shared", "de", "hi", "sw"}
+    assert load_cctuning(fitted).matrices.keys() == {"shared", "de", "hi", "sw"}
 
 
 def test_validation_loss(checkpoint, tmp_path, run):
-    """Catches a validation loss that is not the mean over answer tokens, or one whose connection is not what it says."""
-    data = write_data(tmp_path / "data.jsonl", repeat=2)
-    code, _, err = run("train", *arguments(checkpoint(), data, tmp_path / "out", eval_data=data, micro_batch=4))
+    """Catches a validation loss that is not the mean over answer tokens, or one whose connection is not what it
+    says."""
+    data, out = write_data(tmp_path / "data.jsonl", repeat=2), tmp_path / "out"
+    code, _, err = run(*training(checkpoint(), data, out, eval_data=data, micro_batch=4))
     assert code == 0, err
-    entries = [json.loads(line).get("eval_loss") for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
-    per_epoch, found = [e for e in entries if e and len(e) == 1], entries[-1]
-    assert [e.keys() for e in per_epoch] == [{"english"}] and found.keys() == {"english", "matrix", "none"}
-    cc, tokenizer = load_cctuning(tmp_path / "out"), Tokenizer(tmp_path / "out", Config.read(tmp_path / "out"))
+    first, last = logged(out, "eval_loss")
+    assert first.keys() == {"english"} and last.keys() == {"english", "matrix", "none"}
+    cc, tokenizer = load_cctuning(out), Tokenizer(out, Config.read(out))
     samples, _ = train.read_samples(data, tokenizer, 256)
+    batches = [train.collate([s], tokenizer.connection_index) for s in samples]
     with torch.no_grad():
-        for connection, loss in found.items():
-            batches = [train.collate([s], tokenizer.connection_index) for s in samples]
+        for connection, loss in last.items():
             expected = sum(cc(b, connection) for b in batches) / sum((b.labels != -100).sum() for b in batches)
             assert abs(loss - expected) < 1e-4, connection
 
@@ -219,15 +218,17 @@ def test_validation_loss(checkpoint, tmp_path, run):
 def test_learning_rate(checkpoint, tmp_path, run):
     """Catches a warm-up that starts at zero or never ends, and a cosine that does not come down."""
     data = write_data(tmp_path / "data.jsonl", repeat=5)
-    run("train", *arguments(checkpoint(), data, tmp_path / "out", epochs=4, lr=1e-3))
-    rates = [json.loads(line)["lr"] for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines() if '"lr"' in line]
-    assert len(rates) == 20 and rates[:2] == [5e-4, 1e-3] and all(a >= b for a, b in zip(rates[1:], rates[2:])) and 0 < rates[-1] < 2e-5
+    run(*training(checkpoint(), data, tmp_path / "out", epochs=4, lr=1e-3))
+    rates = logged(tmp_path / "out", "lr").tolist()
+    assert len(rates) == 20 and rates[:2] == [5e-4, 1e-3] and 0 < rates[-1] < 2e-5
+    assert rates[1:] == sorted(rates[1:], reverse=True)
 
 
 def test_an_ablation_outlives_refitting(checkpoint, tmp_path, run):
-    """Catches a fixed layer that is forgotten when the matrix is fitted again, and a Decision Maker that is trained though it does not choose."""
+    """Catches a fixed layer that is forgotten when the matrix is fitted again, and a Decision Maker that is trained
+    though it does not choose."""
     data = write_data(tmp_path / "data.jsonl", PAIRS)
-    assert run("train", *arguments(checkpoint(), data, tmp_path / "one", layer=2, epochs=1))[0] == 0
-    assert run("train", *arguments(tmp_path / "one", data, tmp_path / "two", epochs=0))[0] == 0
+    assert run(*training(checkpoint(), data, tmp_path / "one", source_layer=2, epochs=1))[0] == 0
+    assert run(*training(tmp_path / "one", data, tmp_path / "two", epochs=0))[0] == 0
     found, start = load_cctuning(tmp_path / "two"), load_cctuning(checkpoint())
-    assert found.layer == 2 and torch.equal(found.decision_maker.weight, start.decision_maker.weight)
+    assert found.source_layer == 2 and torch.equal(found.decision_maker.weight, start.decision_maker.weight)
