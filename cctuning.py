@@ -17,8 +17,8 @@ Training (CCTuning.forward)
     1. English pass: H of e at its own p.                                      No gradient, unless english_grad.
     2. Decision Maker: s = W_d mean_l(H_l + emb(x)[p]), a score per layer; one is drawn by straight-through
        Gumbel-Softmax. (emb is the token embedding; the token at p is the template's, the same for every prompt.)
-    3. Fusion: the H_l of that layer is added to the FFN output of layer 0, the first, in x's pass, at p and nowhere
-       else.
+    3. Fusion: the H_l of that layer is added to the FFN output of the first layer (model.FUSION_LAYER) in x's pass, at
+       p and nowhere else.
     4. Loss: next-token cross-entropy on the answer.
 After training (MatrixSums)
     5. Transform Matrix: W = argmin ||X W - Y||, with X the H of x and Y the H of e, a row for each layer of each of
@@ -26,8 +26,8 @@ After training (MatrixSums)
 Inference (CCTuning.prefill)
     6. x alone: H W in place of the English H, then 2 (the argmax) and 3, then ordinary decoding. English prompts too.
 
-What it asks of the language model `lm` is one call: lm(ids, at=p) returns H beside the decoder's output, lm(ids,
-fused=(v, p)) adds the vectors v (B, d) to layer 0's FFN output at p.
+What it asks of the language model `lm` is one call: lm(ids, at=p) returns the decoder's output at p and H; lm(ids,
+fused=(v, p)) adds the vectors v (B, d) in that layer at index p of ids, and returns the decoder's output and None.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -37,9 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import UserError, empty_model, load_weights, open_tensors
-
-FILE = "cctuning.safetensors"  # beside the weights: decision_maker.weight, transform_matrix, transform_matrix.LANG
+from model import ADDED, UserError, empty_model, load_weights, open_tensors, token
 
 
 class Batch(NamedTuple):
@@ -82,12 +80,12 @@ class CCTuning(nn.Module):
     def select(self, activations, ids, position, noise=None):
         """The Decision Maker's choice among H (L, B, d) for the prompts ids (B, T) with connection positions (B,).
 
-        With Gumbel noise (B, L), a layer is drawn and gradients pass as through a softmax (straight-through, tau = 1);
-        without, it is the argmax. Returns the chosen vector (B, d) and the scores s (B, L), before noise.
+        With Gumbel noise (B, L), a layer is drawn and gradients pass as through a softmax (straight-through, tau = 1;
+        arXiv 1611.01144); without, it is the argmax. Returns the chosen vector (B, d) and the scores s (B, L), before
+        noise.
         """
         if self.source_layer == "decision_maker":
-            rows = torch.arange(len(ids), device=ids.device)
-            embedding = self.lm.model.embed_tokens(ids[rows, position])  # (B, d)
+            embedding = self.lm.model.embed_tokens(token(ids, position))  # (B, d)
             scores = self.decision_maker((activations + embedding).float().mean(0)).float()  # (L, B, d) -> (B, L)
         else:
             scores = self.ablated(ids, position, noise)
@@ -129,10 +127,10 @@ class CCTuning(nn.Module):
         if connection != "none":
             if connection == "english":
                 with torch.set_grad_enabled(english_grad and torch.is_grad_enabled()):
-                    activations = self.activations(batch.english_ids, batch.english_position)  # (L, B, d)
+                    _, activations = self.lm(batch.english_ids, at=batch.english_position)  # (L, B, d)
             else:
                 prompts = batch.ids[:, :int(batch.position.max()) + 1]  # nothing after the connection position matters
-                activations = self.transform(self.activations(prompts, batch.position), ["shared"] * len(prompts))
+                activations = self.transform(self.lm(prompts, at=batch.position)[1], ["shared"] * len(prompts))
             vector, _ = self.select(activations, batch.ids, batch.position, noise)  # (B, d)
             fused = vector, batch.position
         x, _ = self.lm(batch.ids, fused=fused)  # (B, T, d)
@@ -161,7 +159,7 @@ class CCTuning(nn.Module):
             English prompts, which bounds what a matrix can give; "none".
         Returns the logits that follow the prompts (B, V), and the Decision Maker's scores (B, L) or None.
 
-        With the matrix, H is known only after a pass over the prompt, and fusion changes layer 0's output at p alone.
+        With the matrix, H is known only after a pass over the prompt, and fusion changes a layer's output at p alone.
         Attention being causal, all that stood before p stays as it is: it is enough to run the tokens from p on once
         more (one for Llama, up to three for ChatML), over their rows of the cache. This equals a second full pass.
         """
@@ -175,7 +173,7 @@ class CCTuning(nn.Module):
         elif connection == "english":
             vector, scores = self.select(self.activations(english[0], english[1] + connection_index), ids, position)
             x, _ = self.lm(ids, cache=cache, fused=(vector, position))  # (B, T, d)
-            x = x[torch.arange(len(ids), device=ids.device), lengths - 1][:, None]  # (B, 1, d)
+            x = token(x, lengths - 1)[:, None]  # (B, 1, d)
         else:
             x, _ = self.lm(ids, cache=cache, at=lengths - 1)  # (B, 1, d)
         return self.lm.logits(x[:, -1]), scores
@@ -235,11 +233,12 @@ def load_cctuning(folder, dtype=None, device="cpu", seed=0, shard=None):
     """
     cc = CCTuning(empty_model(folder), seed)
     decision_maker = cc.decision_maker.weight.detach().clone()
-    local = shard(cc) if shard else None
+    local = None
     if shard:
+        local = shard(cc)
         cc.to_empty(device=device)
     load_weights(cc.lm, folder, dtype, device, local)
-    path = Path(folder) / FILE
+    path = Path(folder) / ADDED
     if path.exists():
         with open_tensors(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

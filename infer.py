@@ -11,7 +11,7 @@ In the letters of cctuning.py, what happens to a prompt:
     CCTuning.prefill   a pass fills the cache and gives H at the connection position           (L, B, d)
                        H W, of which the Decision Maker picks one layer's vector               (B, d)
                        the tokens from the connection position on, one to three, run again
-                       with that vector added in layer 0: logits of the first answer token     (B, V)
+                       with that vector added in the first layer: logits of the next token     (B, V)
     pick               the token                                                               (B,)
     Engine.generate    token after token against the cache, until each row's end of turn
 """
@@ -241,7 +241,7 @@ class Engine:
                 return
             if len(keep) < len(live):
                 live, rows = [live[row] for row in keep], torch.tensor(keep, device=device)
-                tokens, lengths, cache = tokens[rows], lengths[rows], cache[:, :, rows]
+                tokens, lengths, cache = tokens[rows], lengths[rows], cache[:, :, rows]  # B is now len(keep)
             x, _ = cc.lm(tokens[:, None], positions=lengths[:, None], cache=cache)  # (B, 1, d)
             logits, lengths = cc.lm.logits(x[:, -1]), lengths + 1
 
@@ -254,7 +254,10 @@ class Engine:
 
 
 def pick(logits, temperature, top_p, randoms):
-    """The next token of each row (B,) from logits (B, V); randoms: each row's own, whatever its neighbours."""
+    """The next token of each row (B,) from logits (B, V), by nucleus sampling (arXiv 1904.09751).
+
+    randoms: each row's own, so that its neighbours do not matter.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     chances, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
@@ -341,7 +344,7 @@ def main():
     brought = Config.read(args.model).cctuning.get("languages", [])  # by the training data
     known = {*LANGUAGES, *brought, *(lang for _, _, lang, _ in texts if lang)}
     if args.lang and args.lang not in known:
-        raise UserError(f"--lang: unknown language {args.lang!r}; known are {' '.join(sorted(known))}")
+        raise UserError(f"--lang: unknown language {args.lang!r}; give one of {' '.join(sorted(known))}")
     single = min(len(texts), args.batch_size) == 1
     engine = Engine(args.model, args.connection, args.matrix, args.template, args.dtype, single)
     prompts = [engine.prompt(own, english, lang or args.lang, number, where)

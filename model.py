@@ -161,6 +161,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        """(..., d) -> (..., d)."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -201,19 +202,24 @@ def new_cache(config, rows, length, dtype, device):
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def store(cache, k, v, positions, length):
-    """Write k, v (B, kv, T, D) into a layer's cache (2, B, kv, room, D) at positions (B, T); None: at 0 to T - 1.
+def store(cache, k, v, positions):
+    """Write k, v (B, kv, T, D) into a layer's cache (2, B, kv, K, D) at positions (B, T); None: at all K.
 
-    Returns the keys and values of all positions below `length`, (B, kv, K, D) each, K = length.
+    Returns the keys and values of all K positions, (B, kv, K, D) each.
     """
     keys, values = cache
     if positions is None:
-        keys[:, :, :length], values[:, :, :length] = k, v
+        keys[:], values[:] = k, v
         return k, v
     rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
     keys[rows, :, positions] = k.transpose(1, 2)  # (B, kv, T, D) -> (B, T, kv, D), as this indexing has it
     values[rows, :, positions] = v.transpose(1, 2)
-    return keys[:, :, :length], values[:, :, :length]
+    return keys, values
+
+
+def token(x, at):
+    """One token of each row: of x (B, T, ...) at (B,), (B, ...)."""
+    return x[torch.arange(len(x), device=x.device), at]
 
 
 class Attention(nn.Module):
@@ -228,25 +234,28 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def heads(self, x):
+    def split_heads(self, x):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, heads * D) -> (B, heads, T, D)
 
     def keys_values(self, x, rotary):
         """Keys and values (B, kv, T, D) of x (B, T, d)."""
-        return rotate(self.heads(self.k_proj(x)), rotary), self.heads(self.v_proj(x))
+        return rotate(self.split_heads(self.k_proj(x)), rotary), self.split_heads(self.v_proj(x))
 
     def forward(self, x, rotary, k, v, mask):
         """What the tokens x (B, T, d) read from k, v (B, kv, K, D): (B, T, d).
 
         mask is True where a query may look, broadcastable to (B, heads, T, K); None: causal, T = K.
         """
-        q = rotate(self.heads(self.q_proj(x)), rotary)  # (B, heads, T, D)
+        q = rotate(self.split_heads(self.q_proj(x)), rotary)  # (B, heads, T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, D) -> (B, T, d)
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up (arXiv 2002.05202). Written out, it keeps two tensors for the backward pass, not three."""
+    """silu(gate) * up (arXiv 2002.05202), element by element.
+
+    Written out, it keeps two tensors for the backward pass; autograd would keep three.
+    """
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -276,8 +285,7 @@ class MLP(nn.Module):
         y = self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
         if fused is not None:
             vector, index = fused
-            rows = torch.arange(len(y), device=y.device)
-            y = y.index_put((rows, index), vector.to(y.dtype), accumulate=True)
+            y[torch.arange(len(y), device=y.device), index] += vector.to(y.dtype)
         return y
 
 
@@ -300,10 +308,9 @@ class DecoderLayer(nn.Module):
         h = self.input_layernorm(x)
         k, v = self.self_attn.keys_values(h, rotary)
         if cache is not None:
-            k, v = store(cache, k, v, positions, k.shape[2] if mask is None else mask.shape[-1])
+            k, v = store(cache, k, v, positions)
         if at is not None:
-            rows = torch.arange(len(x), device=x.device)
-            x, h = x[rows, at][:, None], h[rows, at][:, None]  # (B, T, d) -> (B, 1, d)
+            x, h = token(x, at)[:, None], token(h, at)[:, None]  # (B, T, d) -> (B, 1, d)
             rotary = rotary[:, at][:, :, None, None]  # (2, T, D) -> (2, B, 1, 1, D)
             mask = (torch.arange(k.shape[2], device=x.device) <= at[:, None])[:, None, None]  # (B, 1, 1, K)
         x = x + self.self_attn(h, rotary, k, v, mask)
@@ -316,6 +323,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        assert FUSION_LAYER < config.num_hidden_layers, (FUSION_LAYER, config.num_hidden_layers)
         self.config = config
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -349,18 +357,18 @@ class LanguageModel(nn.Module):
         else:
             rotary = self.rotary[:, positions][:, :, None]  # (2, B, 1, T, D)
             mask = (torch.arange(length, device=ids.device) <= positions[:, :, None])[:, None]  # (B, 1, T, K)
-        rows, activations = torch.arange(len(ids), device=ids.device), []
+        activations = []
         for i, layer in enumerate(self.model.layers):
             last = i == len(self.model.layers) - 1
             x, ffn = layer(
                 x, rotary, mask,
-                cache=None if cache is None else cache[i],
+                cache=None if cache is None else cache[i, :, :, :, :length],  # (2, B, kv, K, D)
                 positions=positions,
                 fused=fused if i == FUSION_LAYER else None,
                 at=at if last else None,
             )
             if at is not None:
-                activations.append(ffn[:, 0] if last else ffn[rows, at])  # (B, d)
+                activations.append(ffn[:, 0] if last else token(ffn, at))  # (B, d)
         return x, torch.stack(activations) if activations else None  # (L, B, d)
 
     def logits(self, x):
@@ -369,10 +377,10 @@ class LanguageModel(nn.Module):
         return F.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
 
-def pad(rows, value=0):
+def pad(rows):
     """Right-pad lists of ids to (B, T); also their lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows])
-    padded = torch.full((len(rows), int(lengths.max())), value)
+    padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     for i, row in enumerate(rows):
         padded[i, :len(row)] = torch.tensor(row)
     return padded, lengths
@@ -382,6 +390,7 @@ def pad(rows, value=0):
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
+ADDED = "cctuning.safetensors"  # beside the weights: decision_maker.weight, transform_matrix, transform_matrix.LANG
 PAPER_DECISION_MAKER = "model.source_select.weight"  # its name in checkpoints of the paper's own code
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
@@ -519,12 +528,12 @@ def save_checkpoint(out, source, tensors, entry, extra=None, shard_bytes=5_000_0
         if (source / name).exists():
             shutil.copyfile(source / name, staging / name)
     if extra:
-        save_file({name: t.contiguous() for name, t in extra.items()}, staging / "cctuning.safetensors")
+        save_file({name: t.contiguous() for name, t in extra.items()}, staging / ADDED)
     for path in staging.iterdir():
         sync(path)
 
     # The old model goes, index first, with every file of its own that the new one lacks.
-    olds = [out / name for name in (INDEX, "cctuning.safetensors", *TOKENIZER_FILES)]
+    olds = [out / name for name in (INDEX, ADDED, *TOKENIZER_FILES)]
     for old in [*olds, *out.glob("model*.safetensors")]:
         old.unlink(missing_ok=True)
     for path in sorted(staging.iterdir(), key=lambda p: p.name == INDEX):
@@ -727,7 +736,7 @@ def read_text(path):
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check path and permissions") from None
 
 
 def parse_json(text, path, line=1, expected="restore the file"):
@@ -781,13 +790,13 @@ def read_records(path):
 def text_field(record, key, where, required=True):
     """The text record[key] of a JSON object; where: its file:line. None if it is optional and not there."""
     if not isinstance(record, dict):
-        raise UserError(f"{where}: holds a JSON {type(record).__name__}, expected an object with \"{key}\"")
+        raise UserError(f"{where}: holds a JSON {type(record).__name__}, expected an object with \"{key}\"; correct it")
     value = record.get(key)
     if value is None and not required:
         return None
     if not isinstance(value, str):
         found = "missing" if value is None else f"a {type(value).__name__}"
-        raise UserError(f'{where}: "{key}" is {found}, expected text')
+        raise UserError(f'{where}: "{key}" is {found}, expected text; correct the line')
     if required and not value.strip():
         raise UserError(f'{where}: "{key}" is empty; fill it in or remove the line')
     if not value.isascii() and re.search("[\ud800-\udfff]", value):

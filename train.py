@@ -65,6 +65,7 @@ EMBEDDED = {  # where neither --model nor --data is given
 FREE = {  # arguments that do not change a run's result, and so may change when it is resumed
     "out", "overwrite", "resume", "save_every", "keep", "micro_batch", "checkpoint_activations", "max_shard_size",
     "log_every", "memory_plan", "eval_data", "embedded"}
+CC_ONLY = {"english_grad": False, "source_layer": None, "ridge": 0.0, "per_language": False}  # arguments' defaults
 
 
 def source_layer(text):
@@ -87,8 +88,8 @@ def parse_args(argv=None):
     add("--epochs", type=at_least(0), default=3, metavar="N", help="passes over --data; 0: only fit the matrix")
     add("--batch_size", type=at_least(1), default=128, metavar="N", help="samples a step, over all processes")
     add("--lr", type=at_least(0, float), default=1e-5, metavar="X", help="peak learning rate; 10%% warm-up, cosine")
-    add("--max_length", type=at_least(2), metavar="N", help="tokens of prompt and answer (default: 1024, or what the "
-        "model takes)")
+    add("--max_length", type=at_least(2), metavar="N", help="tokens of prompt and answer, which is cut there (default: "
+        "1024, or what the model takes)")
     add("--template", choices=TEMPLATES, help="chat template (default: told by the checkpoint)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of order, noise and the Decision Maker's start")
     add("--english_grad", action="store_true", help="differentiate the English pass too; the paper's published "
@@ -184,7 +185,7 @@ def collate(samples, connection_index):
     """A Batch of samples; connection_index: the connection position, counted from a prompt's end (negative)."""
     ids, lengths = pad([s.ids for s in samples])
     english_ids, english_lengths = pad([s.english_ids for s in samples])
-    prompts, column = torch.tensor([s.prompt_length for s in samples]), torch.arange(ids.shape[1])
+    prompts, column = torch.tensor([s.prompt_length for s in samples]), torch.arange(ids.shape[1])  # (B,), (T,)
     answer = (column >= prompts[:, None]) & (column < lengths[:, None])  # (B, T)
     labels = ids.masked_fill(~answer, -100)
     return Batch(ids, labels, prompts + connection_index, english_ids, english_lengths + connection_index)
@@ -288,7 +289,7 @@ def memory_plan(args):
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------- validation and the Transform Matrix
 
 @torch.no_grad()
 def validation_loss(cc, samples, tokenizer, workers, micro_batch, connection):
@@ -327,8 +328,8 @@ def fit_matrices(cc, samples, tokenizer, workers, args):
                     for ids, lengths in sides]
 
     sums = MatrixSums(sorted({name(s) for s in fit}), cc.lm.config.hidden_size, workers.device)
-    groups = math.ceil(len(fit) / args.micro_batch / workers.world)
-    for group, real in tqdm(workers.deal(fit, args.micro_batch), "matrix", groups, disable=workers.rank > 0 or None):
+    dealt = list(workers.deal(fit, args.micro_batch))
+    for group, real in tqdm(dealt, "matrix", disable=workers.rank > 0 or None):
         own, english = activations(group)
         sound = (own.isfinite() & english.isfinite()).all(2).all(0)  # (B,); a broken sample would ruin the matrix
         if real and sound.any():
@@ -467,6 +468,9 @@ def check(args, out, say):
         raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
     if checkpoints(out / "checkpoints") and not (args.overwrite or args.resume):
         raise UserError(f"{out}/checkpoints: a run was stopped; go on with --resume, or start anew with --overwrite")
+    unused = [name for name, default in CC_ONLY.items() if args.method == "sft" and getattr(args, name) != default]
+    if unused or (args.method == "sft" and args.epochs == 0):
+        raise UserError(f"--method sft: does nothing with --{(unused or ['epochs 0'])[0]}; leave one of the two out")
     config = Config.read(args.model)
     layers, max_length = config.num_hidden_layers, args.max_length or min(1024, config.max_length)
     if max_length > config.max_length:
@@ -482,6 +486,8 @@ def check(args, out, say):
         if gone:
             say(f"{file}: {gone} of {len(kept) + gone} samples dropped, their prompts leave no room for an answer in "
                 f"{max_length} tokens")
+        if cut := sum(s.ids[-1] != tokenizer.end_of_turn for s in kept):
+            say(f"{file}: {cut} answers cut at {max_length} tokens")
     digest = hashlib.sha256()
     for s in samples:
         digest.update(repr(s).encode())
@@ -494,8 +500,8 @@ def check(args, out, say):
             raise UserError(f"{out}: holds another run's model; give another --out, or --overwrite to replace it")
     foreign = [s for s in samples if not s.is_english]
     if args.method == "cc" and not foreign:
-        raise UserError(f"{args.data}: every instruction equals its instruction_en; the Transform Matrix needs prompts "
-                        "in other languages")
+        raise UserError(f"{args.data}: every instruction equals its instruction_en, the Transform Matrix needs other "
+                        "languages; add some, or give --method sft")
     if args.per_language and not all(s.lang for s in foreign):
         raise UserError(f'{args.data}: --per_language needs a "lang" in every sample; add it')
     return config, tokenizer, samples, eval_samples, digest
@@ -546,7 +552,8 @@ def run(args, stopped):
             log.flush()
 
     say(f"{args.method} on {workers.world} x {workers.device.type}, {str(workers.dtype).removeprefix('torch.')}: "
-        f"{len(samples)} samples, {len(steps)} steps" + (f", resumed after step {start}" if start else ""))
+        f"{len(samples)} samples, template {tokenizer.template}, {len(steps)} steps"
+        + (f", resumed after step {start}" if start else ""))
     skipped = skipped_in_all = 0  # steps: in a row, and together
     progress = tqdm(total=len(steps), initial=start, desc="train ", disable=None if main_process and steps else True)
     for step, (epoch, numbers) in list(enumerate(steps))[start:]:
