@@ -41,7 +41,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -65,7 +65,7 @@ EMBEDDED = {  # where neither --model nor --data is given
 FREE = {  # arguments that do not change a run's result, and so may change when it is resumed
     "out", "overwrite", "resume", "save_every", "keep", "micro_batch", "checkpoint_activations", "max_shard_size",
     "log_every", "memory_plan", "eval_data", "embedded"}
-CC_ONLY = {"english_grad": False, "source_layer": None, "ridge": 0.0, "per_language": False}  # arguments' defaults
+CC_ONLY = {"english_grad": False, "source_layer": None, "ridge": 0.0, "per_language": False}  # no use in plain SFT
 
 
 def source_layer(text):
@@ -157,8 +157,8 @@ def read_samples(path, tokenizer, max_length):
         if len(ids) >= max_length or len(english_ids) > max_length:
             dropped += 1
             continue
-        is_english, ids_and_answer = lang == "en" or english == own, (ids + tokenizer.answer(output))[:max_length]
-        samples.append(Sample(ids_and_answer, len(ids), english_ids, lang, is_english))
+        is_english = lang == "en" or record["instruction_en"] == record["instruction"]
+        samples.append(Sample((ids + tokenizer.answer(output))[:max_length], len(ids), english_ids, lang, is_english))
     if not samples:
         raise UserError(f"{path}: all {dropped} prompts are too long for --max_length {max_length}; raise it")
     return samples, dropped
@@ -258,6 +258,12 @@ def shard(cc, workers):
     return local
 
 
+def let_go(cc):
+    """After passes without a backward: drop the root's gathered weights, which are not the optimizer's parameters."""
+    if isinstance(cc, FSDPModule):
+        cc.reshard()
+
+
 def gathered(parameter):
     """A parameter as a whole on the CPU. Every process must call it."""
     parameter = parameter.detach()
@@ -301,6 +307,7 @@ def validation_loss(cc, samples, tokenizer, workers, micro_batch, connection):
         with workers.autocast():
             loss = cc(batch, connection)
         total += real * torch.stack((loss, (batch.labels != -100).sum())).double()
+    let_go(cc)
     loss, count = workers.sum(total).tolist()
     return loss / count
 
@@ -346,6 +353,7 @@ def fit_matrices(cc, samples, tokenizer, workers, args):
         own, english = (torch.cat(side, dim=1) for side in zip(*groups, strict=True))
         found = r_squared(matrices["shared"], own, english).tolist()
         note["r_squared"] = [round(r, 4) if math.isfinite(r) else None for r in found]  # None: no variance to explain
+    let_go(cc)
     return matrices, note
 
 
@@ -659,14 +667,13 @@ def main():
         for what, size in [*sizes.items(), ("together, activations come on top", sum(sizes.values()))]:
             print(f"{size / 1e9:8.2f} GB  {what}")
         return
-    stopped, before = [], {}  # signals that came; their handlers
+    stopped, default = [], {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
     def stop(number, frame):
         stopped.append(number)
-        signal.signal(number, before[number])  # a second one ends the run at once
+        signal.signal(number, default[number])  # a second one ends the run at once
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in default}
     try:
         run(args, stopped)
     finally:

@@ -70,6 +70,8 @@ def test_several_processes_equal_one(checkpoint, tmp_path, run):
             assert (len(list(found.glob("model-*.safetensors"))) > 1) == ("max_shard_size" in own)
         likeness = np.abs(losses(tmp_path / "low") / losses(tuned) - 1)
         assert likeness.mean() < 0.01  # single steps, some of one sample, are noisy
+        saved = tensors(tmp_path / "low")["model.embed_tokens.weight"]
+        assert not saved.equal(saved.bfloat16().float())  # the float32 weights, not what was gathered for the fit
         matrices = [load_file(tmp_path / f"fit{n}" / "cctuning.safetensors")["transform_matrix"] for n in (1, world)]
         assert (matrices[1] - matrices[0]).abs().max() < 1e-6 * matrices[0].abs().max()
         given = [[path.read_text() for path in sorted((tmp_path / f"eval{n}" / "answers").rglob("*.jsonl"))]
