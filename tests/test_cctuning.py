@@ -58,9 +58,10 @@ def test_unconnected_loss(cc):
 
 @torch.no_grad()
 def test_a_row_gets_its_own_matrix(cc):
-    """Catches per-language matrices that are handed to the wrong rows."""
+    """Catches per-language matrices that are handed to the wrong rows, and a product in bfloat16 in a bfloat16 run."""
     activations = torch.randn(4, 3, 48, generator=torch.Generator().manual_seed(1))
-    found = cc.transform(activations, ["hi", "sw", "hi"])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cc.transform(activations, ["hi", "sw", "hi"])
     for i, name in enumerate(("hi", "sw", "hi")):
         assert (found[:, i] - activations[:, i] @ cc.matrices[name]).abs().max() < 1e-4
 

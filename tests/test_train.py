@@ -146,13 +146,14 @@ def test_schema(tokenizer, tmp_path):
 
 
 def test_english_version_of_a_prompt_to_answer(checkpoint, tmp_path, run, monkeypatch):
-    """Catches an "input" that the English pass sees in training and not in answering."""
-    own = {"instruction": "Answer:", "input": "2 + 3", "instruction_en": "Answer:", "output": "5"}
+    """Catches an "input" that the English pass sees in training and not in answering, and a --lang that overrules the
+    line's own."""
+    own = {"instruction": "Answer:", "input": "2 + 3", "instruction_en": "Answer:", "output": "5", "lang": "de"}
     data, seen, prompt = tmp_path / "data.jsonl", [], infer.Engine.prompt
     data.write_text(json.dumps(own))
-    monkeypatch.setattr(infer.Engine, "prompt", lambda *given: seen.append(given[1:3]) or prompt(*given))
-    assert run("infer", "--model", checkpoint(), "--input", data, "--max_new_tokens", 1)[0] == 0
-    assert seen == [("Answer:\n2 + 3", "Answer:\n2 + 3")]
+    monkeypatch.setattr(infer.Engine, "prompt", lambda *given: seen.append(given[1:4]) or prompt(*given))
+    assert run("infer", "--model", checkpoint(), "--input", data, "--lang", "sw", "--max_new_tokens", 1)[0] == 0
+    assert seen == [("Answer:\n2 + 3", "Answer:\n2 + 3", "de")]
 
 
 @pytest.mark.parametrize("batch_size", [4, 50, 128, 300])
