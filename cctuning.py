@@ -127,6 +127,7 @@ class CCTuning(nn.Module):
         if connection != "none":
             if connection == "english":
                 with torch.set_grad_enabled(english_grad and torch.is_grad_enabled()):
+                    # Not self.activations: of a sharded model, that is a forward of its own, and would end this one.
                     _, activations = self.lm(batch.english_ids, at=batch.english_position)  # (L, B, d)
             else:
                 prompts = batch.ids[:, :int(batch.position.max()) + 1]  # nothing after the connection position matters

@@ -1,7 +1,7 @@
 """Kill a run of two processes with SIGKILL, many times, resume it each time, and compare what it ends with to an
 uninterrupted run's.
 
-    python tests/kill_and_resume.py [--kills 20] [--seed 0]
+    python tests/kill_and_resume.py [--kills 12] [--seed 0]
 
 The embedded default with a checkpoint every third step. Half of the kills come at a random moment, half as soon as a
 checkpoint is being written. After each, OUT must not load as a model. Ends with exit code 1 unless weights, Decision
@@ -66,7 +66,7 @@ def kill(run, out, rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, moments = random.Random(args.seed), []

@@ -55,18 +55,20 @@ def saved(folder, source, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "mixed"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_save_load_save(checkpoint, tmp_path, dtype, tied):
-    """Catches a dtype that is not kept tensor by tensor, a tied head written twice, and shards with a tensor too many
-    or too few."""
+    """Catches a dtype that is not kept tensor by tensor, a tied head written twice, shards with a tensor too many or
+    too few, and a list of EOS ids that is left behind."""
     source = shutil.copytree(checkpoint(tie_word_embeddings=tied), tmp_path / "source")
     weights = {name: t.to((torch.float32 if "norm" in name else torch.bfloat16) if dtype == "mixed" else dtype)
                for name, t in tensors(source).items()}
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     first = saved(tmp_path / "first", source, shard_bytes=50_000)
     second = saved(tmp_path / "second", first, shard_bytes=50_000)
     for folder in (first, second):
         found, index = tensors(folder), json.loads((folder / INDEX).read_text())["weight_map"]
         assert len(set(index.values())) > 1 and all((folder / file).exists() for file in index.values())
         assert found.keys() == index.keys() == weights.keys()
+        assert (folder / "generation_config.json").read_text() == '{"eos_token_id": [2, 7]}'
         for name, tensor in weights.items():
             assert found[name].dtype == tensor.dtype and found[name].equal(tensor), name
 

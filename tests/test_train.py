@@ -35,6 +35,18 @@ def test_accumulation_equals_one_batch(checkpoint, tmp_path, run, method, englis
     assert (one / "cctuning.safetensors").exists() == (method == "cc")
 
 
+def test_checkpoint_activations(checkpoint, tmp_path, run, monkeypatch):
+    """Catches an option that is parsed and then saves no memory: each layer of both passes is to go through
+    torch.utils.checkpoint, and the losses to be the same."""
+    calls, once, data = [], train.checkpoint, write_data(tmp_path / "data.jsonl", PAIRS)
+    monkeypatch.setattr(train, "checkpoint", lambda *given, **options: calls.append(1) or once(*given, **options))
+    for out, option in (("plain", False), ("less", True)):
+        command = training(checkpoint(), data, tmp_path / out, checkpoint_activations=option, matrix_prompts=1)
+        assert run(*command)[0] == 0
+        assert len(calls) >= (2 * 2 * 4 if option else 0) and bool(calls) == option  # steps, passes, layers
+    assert np.abs(losses(tmp_path / "less") - losses(tmp_path / "plain")).max() < 1e-5
+
+
 @pytest.mark.parametrize("english_grad", [False, True])
 def test_equals_a_plain_loop(checkpoint, tmp_path, run, english_grad):
     """Catches what every way of running has in common: gradients kept from the last step, betas, weight decay, Gumbel
