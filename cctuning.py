@@ -1,33 +1,28 @@
-"""CC-Tuning: all that is added to a language model.
+"""CC-Tuning: everything that is added to a language model.
 
-    Ye et al., "CC-Tuning: A Cross-Lingual Connection Mechanism for Improving Joint Multilingual Supervised
-    Fine-Tuning", ACL 2025, https://doi.org/10.18653/v1/2025.acl-long.933
+    Ye et al., "CC-Tuning: A Cross-Lingual Connection Mechanism for Improving Joint Multilingual
+    Supervised Fine-Tuning", ACL 2025, https://doi.org/10.18653/v1/2025.acl-long.933
 
-    here  shape                 what the paper calls it
-    x     (B, T) token ids      non-English input: a prompt in its own language, followed in training by its answer
+    here  shape                 in the paper
+    x     (B, T) token ids      non-English input: a prompt in its own language, in training with its answer
     e     (B, Te) token ids     English input: the same prompt in English, without an answer
-    p     (B,)                  connection position: the token of a prompt where the assistant's turn begins
-    H     (L, B, d)             FFN activations: the feed-forward output of every layer at p, before it is added to the
-                                residual stream
+    p     (B,)                  connection position: the token where the assistant's turn begins
+    H     (L, B, d)             FFN activations: the FFN output of every layer at p, before the residual add
     W_d   (L, d)                Decision Maker, which picks one of the L layers
     W     (d, d)                Transform Matrix, from own-language to English-like activations
-    B rows, T and Te tokens, L decoder layers, d hidden size, V vocabulary
+    B rows, T and Te tokens, L decoder layers, d hidden size, V vocabulary size
 
 Training (CCTuning.forward)
-    1. English pass: H of e at its own p.                                      No gradient, unless english_grad.
-    2. Decision Maker: s = W_d mean_l(H_l + emb(x)[p]), a score per layer; one is drawn by straight-through
-       Gumbel-Softmax. (emb is the token embedding; the token at p is the template's, the same for every prompt.)
-    3. Fusion: the H_l of that layer is added to the FFN output of the first layer (model.FUSION_LAYER) in x's pass, at
-       p and nowhere else.
+    1. English pass: H of e at its own p. No gradient, unless english_grad.
+    2. Decision Maker: a score per layer; one layer is drawn by straight-through Gumbel-Softmax.
+    3. Fusion: that layer's H_l is added to the first layer's FFN output in x's pass, at p only.
     4. Loss: next-token cross-entropy on the answer.
-After training (MatrixSums)
-    5. Transform Matrix: W = argmin ||X W - Y||, with X the H of x and Y the H of e, a row for each layer of each of
-       many prompts. English prompts are left out.
+After training (TransformMatrix)
+    5. W = argmin ||X W - Y||, where X holds the H of many x and Y the H of their e, a row per prompt
+       and layer. English samples are left out.
 Inference (CCTuning.prefill)
-    6. x alone: H W in place of the English H, then 2 (the argmax) and 3, then ordinary decoding. English prompts too.
-
-What it asks of the language model `lm` is one call: lm(ids, at=p) returns the decoder's output at p and H; lm(ids,
-fused=(v, p)) adds the vectors v (B, d) in that layer at index p of ids, and returns the decoder's output and None.
+    6. x alone: H W takes the place of the English H; then steps 2 (argmax) and 3, then decoding.
+       English prompts too.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -37,11 +32,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import ADDED, UserError, empty_model, load_weights, open_tensors, token
+from model import (CCTUNING_FILE, Fusion, Transformer, UserError, assign, load_weights, open_safetensors,
+                   select_positions)
 
 
 class Batch(NamedTuple):
-    """Right-padded samples. `labels` are the ids on the answer and -100 elsewhere, not shifted."""
+    """Right-padded samples. `labels` are the ids of the answer and -100 elsewhere, not shifted."""
     ids: torch.Tensor               # x (B, T): prompt and answer
     labels: torch.Tensor            # (B, T)
     position: torch.Tensor          # p (B,) of x
@@ -50,45 +46,32 @@ class Batch(NamedTuple):
 
 
 def gumbel_noise(seed, step, samples, layers):
-    """Gumbel noise (B, L) for samples (their numbers) in a step: the same however they are spread over processes."""
+    """Gumbel noise (B, L) of these sample numbers in a step, however they are spread over processes."""
     noise = [np.random.default_rng((seed, step, i)).gumbel(size=layers) for i in samples]
     return torch.tensor(np.stack(noise), dtype=torch.float32)
 
 
-class CCTuning(nn.Module):
-    """A language model with a Decision Maker and, once fitted, Transform Matrices."""
+# ------------------------------------------------------------------------ step 2: Decision Maker
 
-    def __init__(self, lm, seed=0):
+class DecisionMaker(nn.Module):
+    """s = W_d . mean_l(H_l + emb(x)[p]): a score per layer (paper, section 3).
+
+    The embedding is the own-language prompt's at p: a token of the chat template, the same for all
+    prompts.
+    """
+
+    def __init__(self, layers, width):
         super().__init__()
-        config = lm.config
-        self.lm = lm
-        self.decision_maker = nn.Linear(config.hidden_size, config.num_hidden_layers, bias=False)  # W_d
-        generator = torch.Generator().manual_seed(seed)
-        nn.init.normal_(self.decision_maker.weight, std=config.initializer_range, generator=generator)
-        self.trained = False  # is the Decision Maker more than its random start?
-        self.source_layer = config.cctuning.get("source_layer", "decision_maker")  # who picks; otherwise see `ablated`
-        self.matrices = {}    # W by name, (d, d) float32: "shared", and a language's own
+        self.weight = nn.Parameter(torch.empty(layers, width))  # W_d
 
-    # Step 1
+    def forward(self, activations, embedding, noise=None):
+        """Pick one layer's vector from H (L, B, d); embedding: emb(x)[p] (B, d).
 
-    def activations(self, ids, position):
-        """H (L, B, d) of right-padded prompts (B, T) at their connection positions (B,). Computes no logits."""
-        return self.lm(ids, at=position)[1]
-
-    # Step 2
-
-    def select(self, activations, ids, position, noise=None):
-        """The Decision Maker's choice among H (L, B, d) for the prompts ids (B, T) with connection positions (B,).
-
-        With Gumbel noise (B, L), a layer is drawn and gradients pass as through a softmax (straight-through, tau = 1;
-        arXiv 1611.01144); without, it is the argmax. Returns the chosen vector (B, d) and the scores s (B, L), before
-        noise.
+        With Gumbel noise (B, L) a layer is drawn, and the gradient is the softmax's
+        (straight-through, tau = 1; arXiv 1611.01144); without noise it is the argmax.
+        Returns the vector (B, d) and the scores s (B, L), without noise.
         """
-        if self.source_layer == "decision_maker":
-            embedding = self.lm.model.embed_tokens(token(ids, position))  # (B, d)
-            scores = self.decision_maker((activations + embedding).float().mean(0)).float()  # (L, B, d) -> (B, L)
-        else:
-            scores = self.ablated(ids, position, noise)
+        scores = F.linear((activations + embedding).float().mean(0), self.weight).float()  # (B, L)
         noisy = scores if noise is None else scores + noise
         choice = F.one_hot(noisy.argmax(-1), noisy.shape[-1]).to(noisy.dtype)  # (B, L)
         if noise is not None:
@@ -96,180 +79,212 @@ class CCTuning(nn.Module):
             choice = choice - soft.detach() + soft  # value: the choice; gradient: the softmax's
         return torch.einsum("bl,lbd->bd", choice, activations.to(choice.dtype)), scores
 
-    def ablated(self, ids, position, noise):
-        """For ablations: scores (B, L) that leave no choice, 0 for one layer and -inf for the others.
 
-        The layer is `self.source_layer`, if that is a number; if it is "random", one of each row's own.
+class FixedChoice(nn.Module):
+    """For ablations, in the Decision Maker's place: a layer's number, "random" or "mean".
+
+    "mean" fuses the mean of all layers, which the last ones dominate: their norms are the largest.
+    """
+
+    def __init__(self, source):
+        super().__init__()
+        self.source = source
+
+    def forward(self, activations, embedding, noise=None):
+        """As DecisionMaker.forward. The scores force one layer (0, the others -inf); None for "mean".
+
+        "random" picks the layer of the largest noise (B, L), which it needs.
         """
-        layers = self.lm.config.num_hidden_layers
-        if self.source_layer != "random":
-            picked = torch.full_like(position, self.source_layer)  # (B,)
-        elif noise is not None:
-            picked = noise.argmax(-1)
-        else:  # by the prompt alone, so that answers can be repeated
-            prompts = [row[:p + 1] for row, p in zip(ids.tolist(), position.tolist(), strict=True)]
-            draws = [np.random.default_rng(prompt).integers(layers) for prompt in prompts]
-            picked = torch.tensor(draws, device=ids.device)
-        return F.one_hot(picked, layers).float().log()
+        if self.source == "mean":
+            return activations.float().mean(0), None
+        if self.source == "random":
+            layer = noise.argmax(-1)  # (B,)
+        else:
+            layer = torch.full(embedding.shape[:1], self.source, device=embedding.device)
+        scores = F.one_hot(layer, len(activations)).float().log()  # (B, L)
+        return select_positions(activations.transpose(0, 1), layer).float(), scores
 
-    # Steps 1 to 4
+
+# ---------------------------------------------------------------------- step 5: Transform Matrix
+
+class TransformMatrix:
+    """W = argmin ||X W - Y||: from own-language activations X to English ones Y, rows of all layers.
+
+    Least squares needs only the sums X'X and X'Y: O(d^2) memory for any number of prompts, and the
+    sums of several processes add up.
+    """
+
+    def __init__(self, weight=None):
+        self.weight = weight  # W (d, d) float32; None: not fitted
+        self.sums = None      # (2, d, d) float64: X'X and X'Y
+
+    def add(self, own, english):
+        """Add X and Y (L, B, d): the H of prompts and of their English versions."""
+        x, y = (h.flatten(0, 1).double() for h in (own, english))  # (L * B, d)
+        if self.sums is None:
+            self.sums = x.new_zeros(2, x.shape[1], x.shape[1])
+        self.sums[0].addmm_(x.T, x)
+        self.sums[1].addmm_(x.T, y)
+
+    def solve(self, ridge=0.0):
+        """Set W to the minimum of ||X W - Y||^2 + ridge mean(diag(X'X)) ||W||^2.
+
+        If several W are minimal, the one of least norm.
+        """
+        xx, xy = self.sums
+        penalty = ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        self.weight = (torch.linalg.pinv(xx + penalty, hermitian=True) @ xy).float()
+
+    def __call__(self, activations):
+        """H W, in float32: (L, B, d) -> (L, B, d)."""
+        with torch.autocast(activations.device.type, enabled=False):
+            return activations.float() @ self.weight
+
+    def r_squared(self, own, english):
+        """R^2 of each layer (L,) on X, Y (L, N, d): 1 - sum (Y - X W)^2 / sum (Y - mean Y)^2.
+
+        1: Y is predicted exactly; 0: no better than the mean of Y. Per layer: a pooled R^2 would be
+        dominated by the last layer's norm.
+        """
+        own, english = own.double(), english.double()
+        residual = (english - own @ self.weight.double()).square().sum((1, 2))
+        return 1 - residual / (english - english.mean(1, keepdim=True)).square().sum((1, 2))
+
+
+# ------------------------------------------------------------------------------------ the method
+
+class CCTuning(nn.Module):
+    """A Transformer `lm`, a Decision Maker (or FixedChoice) and a Transform Matrix."""
+
+    def __init__(self, config, seed=0):
+        """The parameters are uninitialised: load_cctuning sets them. seed: of "random" layers."""
+        super().__init__()
+        self.lm = Transformer(config)
+        if config.source_layer == "decision_maker":
+            self.decision_maker = DecisionMaker(config.num_hidden_layers, config.hidden_size)
+        else:
+            self.decision_maker = FixedChoice(config.source_layer)
+        self.transform_matrix = TransformMatrix()
+        self.trained = False  # True once a trained connection is loaded
+        self.seed = seed
+
+    def activations(self, ids, position):
+        """Step 1: H (L, B, d) of right-padded prompts (B, T) at p (B,). Computes no logits."""
+        return self.lm(self.lm.embed(ids), collect_at=position).activations
+
+    def pick(self, activations, ids, position, noise=None):
+        """Step 2 for prompts ids (B, T) with p (B,): the vector to fuse (B, d) and the scores (B, L)."""
+        if noise is None and self.lm.config.source_layer == "random":  # repeatable: by the prompt
+            prompts = [row[:p + 1] for row, p in zip(ids.tolist(), position.tolist(), strict=True)]
+            noise = [np.random.default_rng([self.seed, *prompt]).gumbel(size=len(activations))
+                     for prompt in prompts]
+            noise = torch.tensor(np.stack(noise), device=ids.device)
+        embedding = self.lm.embed(select_positions(ids, position))  # (B, d)
+        return self.decision_maker(activations, embedding, noise)
 
     def forward(self, batch, connection="english", noise=None, english_grad=False):
-        """The loss of a Batch: cross-entropy summed over its answer tokens (divide by their number in the whole step).
+        """Steps 1 to 4: the loss of a Batch, summed over its answer tokens.
 
-        connection: "english", from the English prompt, as in training; "matrix", from the prompt itself, as at
-            inference; "none", plain fine-tuning.
-        noise (B, L): Gumbel noise for the choice of layer, in training.
-        english_grad: differentiate the English pass too. The paper's published configuration does not: its reentrant
-            gradient checkpointing runs that pass without a graph.
+        connection: what the fused vector comes from. "english": the English prompt, as in training;
+            "matrix": the prompt itself, as at inference; "none": plain fine-tuning.
+        noise (B, L): Gumbel noise, in training.
+        english_grad: differentiate the English pass too. The paper's published configuration does
+            not: its reentrant gradient checkpointing runs that pass without a graph.
         """
-        fused = None
+        fusion = None
+        if connection == "english":
+            with torch.set_grad_enabled(english_grad and torch.is_grad_enabled()):
+                # Not self.activations: under FSDP it is a separate forward and would reshard the
+                # root in mid-step.
+                activations = self.lm(self.lm.embed(batch.english_ids),
+                                      collect_at=batch.english_position).activations
+        elif connection == "matrix":
+            prompts = batch.ids[:, :int(batch.position.max()) + 1]  # the answer cannot matter
+            activations = self.lm(self.lm.embed(prompts), collect_at=batch.position).activations
+            activations = self.transform_matrix(activations)
         if connection != "none":
-            if connection == "english":
-                with torch.set_grad_enabled(english_grad and torch.is_grad_enabled()):
-                    # Not self.activations: of a sharded model, that is a forward of its own, and would end this one.
-                    _, activations = self.lm(batch.english_ids, at=batch.english_position)  # (L, B, d)
-            else:
-                prompts = batch.ids[:, :int(batch.position.max()) + 1]  # nothing after the connection position matters
-                activations = self.transform(self.lm(prompts, at=batch.position)[1], ["shared"] * len(prompts))
-            vector, _ = self.select(activations, batch.ids, batch.position, noise)  # (B, d)
-            fused = vector, batch.position
-        x, _ = self.lm(batch.ids, fused=fused)  # (B, T, d)
+            vector, _ = self.pick(activations, batch.ids, batch.position, noise)
+            fusion = Fusion(vector, batch.position)
+        x = self.lm(self.lm.embed(batch.ids), fusion=fusion).hidden  # (B, T, d)
         targets = batch.labels[:, 1:]  # the token after each position
-        wanted = targets != -100
-        x = x[:, :-1][wanted]  # (B, T - 1, d) -> (answer tokens, d): the prompt's logits are never computed
-        return F.cross_entropy(self.lm.logits(x).float(), targets[wanted], reduction="sum")
+        is_answer = targets != -100
+        x = x[:, :-1][is_answer]  # (answer tokens, d): the prompt's logits are never computed
+        return F.cross_entropy(self.lm.logits(x).float(), targets[is_answer], reduction="sum")
 
-    # Step 6
+    def prefill(self, ids, lengths, connection_index, cache, connection="matrix", english=None):
+        """Step 6: read right-padded prompts (B, T) of these lengths (B,) into the cache, connected.
 
-    def transform(self, activations, matrix_names):
-        """H W in float32: English-like activations (L, B, d) from own-language ones, each row (B) by the W it names."""
-        activations = activations.float()
-        result = torch.empty_like(activations)
-        with torch.autocast(activations.device.type, enabled=False):
-            for name in set(matrix_names):
-                rows = [i for i, n in enumerate(matrix_names) if n == name]
-                result[:, rows] = activations[:, rows] @ self.matrices[name]
-        return result
+        connection_index: p, counted from a prompt's end; -1 for its last token.
+        connection: "matrix"; "english", from english = (ids, lengths) of the English prompts, the
+            bound of what a matrix can give; "none".
+        Returns the logits that follow the prompts (B, V) and the scores (B, L) or None.
 
-    def prefill(self, ids, lengths, connection_index, cache, connection="matrix", matrix_names=None, english=None):
-        """Read right-padded prompts (B, T) of these lengths (B,) into the cache, connected.
-
-        connection_index: the connection position, counted from a prompt's end, -1 for its last token.
-        connection: "matrix", by the matrices of these names (B); "english", from english = (ids, lengths) of the
-            English prompts, which bounds what a matrix can give; "none".
-        Returns the logits that follow the prompts (B, V), and the Decision Maker's scores (B, L) or None.
-
-        With the matrix, H is known only after a pass over the prompt, and fusion changes a layer's output at p alone.
-        Attention being causal, all that stood before p stays as it is: it is enough to run the tokens from p on once
-        more (one for Llama, up to three for ChatML), over their rows of the cache. This equals a second full pass.
+        Why the connection costs one token: with the matrix, H is known only after a first pass, and
+        fusion then changes the fusion layer's output at p. That output is the input of the layers
+        above, so in these p has other keys, values and outputs; attention is causal, so no token
+        before p changes. It is enough to run the tokens from p on again (one for Llama 3, two or
+        three for ChatML), from the fusion layer on, over their rows of the cache. The result equals
+        a second full pass.
         """
-        position, scores = lengths + connection_index, None
+        position, scores, embeddings = lengths + connection_index, None, self.lm.embed(ids)
         if connection == "matrix":
-            activations = self.transform(self.lm(ids, cache=cache, at=position)[1], matrix_names)  # (L, B, d)
-            vector, scores = self.select(activations, ids, position)  # (B, d), (B, L)
-            again = position[:, None] + torch.arange(-connection_index, device=ids.device)  # positions (B, 1 to 3)
-            fused = vector, torch.zeros_like(position)  # p is the first of these
-            x, _ = self.lm(ids.gather(1, again), positions=again, cache=cache, fused=fused)  # (B, 1 to 3, d)
+            first = self.lm(embeddings, cache=cache, collect_at=position)
+            vector, scores = self.pick(self.transform_matrix(first.activations), ids, position)
+            again = position[:, None] + torch.arange(-connection_index, device=ids.device)  # (B, n)
+            x = first.fusion_input[torch.arange(len(ids), device=ids.device)[:, None], again]
+            fusion = Fusion(vector, torch.zeros_like(position))  # p is the first of the n tokens
+            x = self.lm(x, again, cache, fusion, first_layer=self.lm.config.fusion_layer).hidden
         elif connection == "english":
-            vector, scores = self.select(self.activations(english[0], english[1] + connection_index), ids, position)
-            x, _ = self.lm(ids, cache=cache, fused=(vector, position))  # (B, T, d)
-            x = token(x, lengths - 1)[:, None]  # (B, 1, d)
+            activations = self.activations(english[0], english[1] + connection_index)
+            vector, scores = self.pick(activations, ids, position)
+            x = self.lm(embeddings, cache=cache, fusion=Fusion(vector, position)).hidden  # (B, T, d)
+            x = select_positions(x, lengths - 1)[:, None]
         else:
-            x, _ = self.lm(ids, cache=cache, at=lengths - 1)  # (B, 1, d)
+            x = self.lm(embeddings, cache=cache, collect_at=lengths - 1).hidden
         return self.lm.logits(x[:, -1]), scores
 
 
-# --------------------------------------------------------------------------------------- step 5: the Transform Matrix
+# ---------------------------------------------------------------------------- loading and saving
 
-class MatrixSums:
-    """X'X and X'Y, all that least squares needs of any number of prompts: O(d^2) memory, and several processes' add up.
+def read_cctuning(path, config):
+    """The tensors of a cctuning.safetensors, checked against the model's shape."""
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    layers, width = config.num_hidden_layers, config.hidden_size
+    shapes = {"transform_matrix": (width, width)}
+    if config.source_layer == "decision_maker":
+        shapes["decision_maker.weight"] = (layers, width)
+    for name in {**shapes, **tensors}:
+        if name not in shapes or name not in tensors:
+            problem = f"lacks {name}" if name in shapes else f"has the unexpected tensor {name}"
+            raise UserError(f"{path}: {problem}; copy the file again, or train again")
+        if tuple(tensors[name].shape) != shapes[name]:
+            raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model needs "
+                            f"{shapes[name]}; it was made for another model")
+    return tensors
 
-    Kept in float64, (2, d, d) for each of `names`: the languages, or "shared" alone.
+
+def load_cctuning(cc, folder, dtype=None, device="cpu"):
+    """Load a checkpoint folder into a CCTuning (on the meta device, or sharded). Returns model.Loaded.
+
+    A Decision Maker that the folder lacks starts from a normal distribution of the config's
+    initializer_range. Raises UserError for a cctuning.safetensors that is damaged or another
+    model's, and as model.load_weights does.
     """
-
-    def __init__(self, names, width, device="cpu"):
-        self.sums = {name: torch.zeros(2, width, width, dtype=torch.float64, device=device) for name in names}
-
-    def add(self, own, english, names):
-        """Take in X and Y (L, B, d), H of prompts and of their English versions; names (B): the matrix of each."""
-        for name in set(names):
-            rows = [i for i, n in enumerate(names) if n == name]
-            x, y = (h[:, rows].flatten(0, 1).double() for h in (own, english))  # (L, rows, d) -> (L * rows, d)
-            self.sums[name][0].addmm_(x.T, x)
-            self.sums[name][1].addmm_(x.T, y)
-
-    def solve(self, ridge=0.0):
-        """{name: W} in float32, with "shared" from all prompts together."""
-        sums = {**self.sums, "shared": sum(self.sums.values())}
-        return {name: least_squares(xx, xy, ridge).float() for name, (xx, xy) in sums.items()}
-
-
-def least_squares(xx, xy, ridge=0.0):
-    """The W (d, d) that minimises ||X W - Y||^2 + ridge * mean(diag(X'X)) * ||W||^2, from xx = X'X and xy = X'Y.
-
-    Where there are several, the one of least norm.
-    """
-    penalty = ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    return torch.linalg.pinv(xx + penalty, hermitian=True) @ xy
-
-
-def r_squared(matrix, own, english):
-    """How much of Y (L, N, d) the matrix explains from X (L, N, d), layer by layer: (L,), 1 is all.
-
-    R2_l = 1 - sum (Y_l - X_l W)^2 / sum (Y_l - mean Y_l)^2. Pooled, the last layer's large norm would hide the others.
-    """
-    own, english = own.double(), english.double()
-    residual = (english - own @ matrix.double()).square().sum((1, 2))
-    return 1 - residual / (english - english.mean(1, keepdim=True)).square().sum((1, 2))
-
-
-# ------------------------------------------------------------------------------------------------- loading and saving
-
-def load_cctuning(folder, dtype=None, device="cpu", seed=0, shard=None):
-    """The model of a checkpoint folder with what CC-Tuning added. A plain checkpoint's Decision Maker starts at random.
-
-    shard(cc): spreads the model, before it has weights, over processes; returns `local` of model.load_weights.
-    Raises UserError for a cctuning.safetensors that is of another model, or not whole; and as model.load_weights does.
-    """
-    cc = CCTuning(empty_model(folder), seed)
-    decision_maker = cc.decision_maker.weight.detach().clone()
-    local = None
-    if shard:
-        local = shard(cc)
-        cc.to_empty(device=device)
-    load_weights(cc.lm, folder, dtype, device, local)
-    path = Path(folder) / ADDED
+    loaded = load_weights(cc.lm, folder, dtype, device)
+    path, weight = Path(folder) / CCTUNING_FILE, loaded.decision_maker
     if path.exists():
-        with open_tensors(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    else:
-        path, paper = folder, cc.lm.paper_decision_maker
-        tensors = {} if paper is None else {"decision_maker.weight": paper}
-    if (tensors and "decision_maker.weight" not in tensors) or (len(tensors) > 1 and "transform_matrix" not in tensors):
-        raise UserError(f"{path}: lacks decision_maker.weight or transform_matrix; copy the file again, or train again")
-    width = cc.lm.config.hidden_size
-    shapes = {name: (width, width) for name in tensors if name.split(".")[0] == "transform_matrix"}
-    shapes["decision_maker.weight"] = tuple(decision_maker.shape)
-    for name, tensor in tensors.items():
-        if name not in shapes:
-            raise UserError(f"{path}: unexpected tensor {name}; copy the file again, or train again")
-        if tuple(tensor.shape) != shapes[name]:
-            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {shapes[name]}; it was "
-                            "made for another model")
-    cc.trained = "decision_maker.weight" in tensors
-    decision_maker = tensors.pop("decision_maker.weight", decision_maker).float()
-    cc.matrices = {name.removeprefix("transform_matrix").removeprefix(".") or "shared": w.float().to(device)
-                   for name, w in tensors.items()}
-    if local is None:
-        cc.decision_maker.weight = nn.Parameter(decision_maker.to(device))
-    else:
-        part, rows = local(cc.decision_maker.weight)
-        part.copy_(decision_maker[rows])
-    return cc
-
-
-def cctuning_tensors(decision_maker, matrices):
-    """{name: tensor} of cctuning.safetensors, from W_d (L, d) and {name: W (d, d)}."""
-    named = {"transform_matrix" if name == "shared" else f"transform_matrix.{name}": w for name, w in matrices.items()}
-    return {"decision_maker.weight": decision_maker.float(), **named}
+        tensors = read_cctuning(path, cc.lm.config)
+        weight = tensors.get("decision_maker.weight")
+        cc.transform_matrix.weight = tensors["transform_matrix"].to(device)
+    cc.trained = path.exists() or weight is not None
+    if isinstance(cc.decision_maker, DecisionMaker):
+        shape = cc.decision_maker.weight.shape
+        if weight is None:
+            generator = torch.Generator().manual_seed(cc.seed)
+            weight = torch.empty(shape).normal_(std=cc.lm.config.initializer_range, generator=generator)
+        if weight.shape != shape:
+            raise UserError(f"{folder}: its Decision Maker has shape {tuple(weight.shape)}, the model "
+                            f"needs {tuple(shape)}; it was made for another model")
+        assign(cc, "decision_maker.weight", weight.float(), device=device)
+    return loaded

@@ -3,20 +3,20 @@
     python eval.py                                            # held-out questions of the embedded default
     python eval.py --model DIR [DIR ...] --data BENCHMARKS [--tasks XNLI,MMMLU] [--langs sw,hi] [--limit 50]
     python eval.py ... --connection matrix english none       # each of the three, side by side
-    torchrun --nproc_per_node 8 eval.py ...                   # the same answers, prompts spread over 8 processes
+    torchrun --nproc_per_node 8 eval.py ...                   # same answers, prompts spread over 8 processes
 
-BENCHMARKS has the layout of the paper's repository: TASK/split or split_sample/LANG.json with the prompts and TASK/ans
-or ans_sample/LANG.json with the gold answers, a JSON value per line. The English version of a prompt is the same line
-of the task's en.json, or of split_en/LANG.json (split_sample_en/LANG.json) where the task has that folder.
+BENCHMARKS has the layout of the paper's repository: TASK/split or split_sample/LANG.json with the prompts and
+TASK/ans or ans_sample/LANG.json with the gold answers, a JSON value per line. The English version of a prompt
+is the same line of the task's en.json, or of split_en/LANG.json (split_sample_en/LANG.json) if the task has it.
 
     task                    score, 0 to 100
     XNLI XStoryCloze MMMLU  accuracy: the option that the answer names is the gold one
-    XQuAD MKQA              the answer contains a gold one; beside it exact match and token F1
+    XQuAD MKQA              contained: the answer contains a gold one; beside it exact match and token F1
     XLSum                   ROUGE-L
-    any other               exact match; beside it whether it contains a gold one, and token F1
+    any other               exact match; beside it contained and token F1
 
-Scores come with 95 % bootstrap intervals; means weigh languages alike, and the overall mean tasks alike. Each further
-model or connection is compared with the first on the same items, by a paired sign-flip permutation test.
+Scores have 95 % bootstrap intervals; means weigh languages alike, and the overall mean tasks alike. Each further
+model or connection is compared with the first on the same items by a paired sign-flip permutation test.
 """
 import argparse
 import importlib.util
@@ -31,50 +31,49 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
+import torch.distributed
 from tqdm import tqdm
 
-from infer import DATA, WHICH_MODEL, Engine, add_engine_options, default_model, write_lines
-from model import (Config, Help, Tokenizer, UserError, at_least, check_folder, instruction, read_json_lines, run_script,
-                   weight_files, write_text)
+from infer import DATA, WHICH_MODEL, Engine, add_engine_options, default_model, write_json_lines
+from model import (Config, Help, Tokenizer, UserError, at_least, check_writable, read_json, read_json_lines,
+                   read_records, run_script, weight_files, write_text)
+from train import Dist
 
-OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # to choose from; other tasks are answered freely
+OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # other tasks are answered freely
 METRICS = {**dict.fromkeys(OPTIONS, ("accuracy",)), "XLSum": ("rouge_l",),
            **dict.fromkeys(("XQuAD", "MKQA"), ("contained", "exact", "f1"))}
 DEFAULT_METRICS = ("exact", "contained", "f1")  # the first is the task's score
 RESAMPLES, PERMUTATIONS = 1000, 10000
+LANGUAGE_TABLES = read_json(DATA / "languages.json")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("--model", nargs="+", metavar="DIR", help=f"checkpoint folders, to compare (default: {WHICH_MODEL})")
-    add("--data", default=str(DATA / "test"), metavar="DIR", help="folder of benchmarks (default: the embedded "
-        "data/test)")
-    add("--tasks", metavar="TASK,...", help="folders of --data (default: all that have prompts)")
+    add("--model", nargs="+", metavar="DIR", help=f"checkpoint folders to compare (default: {WHICH_MODEL})")
+    add("--data", default=str(DATA / "test"), metavar="DIR", help="benchmarks (default: the embedded data/test)")
+    add("--tasks", metavar="TASK,...", help="folders of --data (default: all)")
     add("--langs", metavar="CODE,...", help="languages (default: all that a task has)")
     add("--limit", type=at_least(1), metavar="N", help="only the first N items of each language")
-    add("--out", default="out/eval", metavar="DIR", help="folder for results.json, results.md and the answers")
+    add("--out", default="out/eval", metavar="DIR", help="folder for results.json, results.md and answers")
     add("--plot", metavar="DIR", help="folder for scores.png and layers.png (needs matplotlib)")
-    add_engine_options(parser, connections="+")
-    parser.set_defaults(max_new_tokens=32)
+    add_engine_options(parser, max_new_tokens=32, connections="+")
     return parser.parse_args(argv)
 
 
-# --------------------------------------------------------------------------------------------------------- benchmarks
+# -------------------------------------------------------------------------------------------- benchmarks
 
 def task_folder(task, kind):
-    """The folder of a task's prompts (kind "split") or gold answers ("ans"), whole or sampled; None for neither."""
+    """The folder of a task's prompts (kind "split") or gold answers ("ans"), whole or sampled; or None."""
     return next((task / name for name in (kind, f"{kind}_sample") if (task / name).is_dir()), None)
 
 
 def find_tasks(data, tasks, langs):
-    """[(task, language)] to run, from comma-separated names or, where those are None, from what is there."""
+    """[(task, language)] to run, from comma-separated names; None: all that is there."""
     data = Path(data)
     known = sorted(path.name for path in data.iterdir() if task_folder(path, "split")) if data.is_dir() else []
     if not known:
-        raise UserError(f"{data}: has no folder TASK/split or TASK/split_sample; give the benchmarks folder as --data")
+        raise UserError(f"{data}: has no folder TASK/split or TASK/split_sample; give a benchmarks folder as --data")
     found = []
     for name in tasks.split(",") if tasks else known:
         if name not in known:
@@ -90,37 +89,35 @@ def find_tasks(data, tasks, langs):
 
 
 def read_task(data, name, lang, limit):
-    """[(prompt, its English version or None, gold answers, file:line)] of a task in a language."""
+    """The Records of a task in a language; `answer` is the list of gold answers."""
     task = Path(data) / name
     prompts = task_folder(task, "split")
-    english = prompts.with_name(prompts.name + "_en") / f"{lang}.json"
-    if not english.parent.is_dir():
-        english = prompts / "en.json"
-    files = [prompts / f"{lang}.json", english, task_folder(task, "ans") / f"{lang}.json"]
-    lines = [read_json_lines(file) if file.exists() or file != english else None for file in files]
-    for file, found in zip(files, lines, strict=True):
-        if found and len(found) != len(lines[0]):
-            raise UserError(f"{file}: has {len(found)} items, {files[0]} has {len(lines[0])}; get the whole benchmark")
+    english_folder = prompts.with_name(prompts.name + "_en")
+    english = english_folder / f"{lang}.json" if english_folder.is_dir() else prompts / "en.json"
+    own, golds = prompts / f"{lang}.json", task_folder(task, "ans") / f"{lang}.json"
+    records, gold_values = read_records(own), read_json_lines(golds)
+    versions = read_records(english) if english.exists() or english_folder.is_dir() else [None] * len(records)
+    for file, found in ((golds, gold_values), (english, versions)):
+        if len(found) != len(records):
+            raise UserError(f"{file}: has {len(found)} items, {own} has {len(records)}; get the whole benchmark")
     items, options = [], OPTIONS.get(name)
-    for i, (line, record) in enumerate(lines[0][:limit]):
-        gold_line, gold = lines[2][i]
-        gold = gold if isinstance(gold, list) else [gold]  # one answer, or all that are right
-        if not gold or not all(isinstance(g, str) and g.strip() and (not options or g in [*options]) for g in gold):
+    for record, version, (where, value) in list(zip(records, versions, gold_values, strict=True))[:limit]:
+        gold = value if isinstance(value, list) else [value]  # one answer, or all that are right
+        valid = all(isinstance(g, str) and g.strip() and (not options or g in [*options]) for g in gold)
+        if not gold or not valid:
             expected = "one of " + ", ".join(options) if options else "a text or a list of texts"
-            raise UserError(f"{files[2]}:{gold_line}: gold answer is {lines[2][i][1]!r}, expected {expected}; restore "
-                            "the file")
-        version = lines[1] and instruction(lines[1][i][1], f"{files[1]}:{lines[1][i][0]}")
-        items.append((instruction(record, f"{files[0]}:{line}"), version, gold, f"{files[0]}:{line}"))
+            raise UserError(f"{where}: gold answer is {value!r}, expected {expected}; restore the file")
+        items.append(record._replace(english=version and version.prompt, answer=gold))
     return items
 
 
-# ---------------------------------------------------------------------------------------------------------- answering
+# --------------------------------------------------------------------------------------------- answering
 
 def shorten(text, tokenizer, room):
-    """The text, without so much of its middle that its prompt has at most `room` tokens."""
+    """The text, cut from the middle until its prompt has at most `room` tokens."""
     if len(tokenizer.prompt(text)) <= room:
         return text
-    low, high = 0, len(text) // 2  # characters kept at either end: low fits
+    low, high = 0, len(text) // 2  # characters kept at either end; low fits
     while high - low > 1:
         middle = (low + high) // 2
         fits = len(tokenizer.prompt(text[:middle] + text[-middle:])) <= room
@@ -128,90 +125,94 @@ def shorten(text, tokenizer, room):
     return text[:low] + text[len(text) - low:]
 
 
-def encode(engine, args, lang, items):
-    """The Prompts of a task in one language, and how many had to be shortened to leave room for an answer."""
-    room, shortened, prompts = engine.config.max_length - args.max_new_tokens, 0, []
-    if room < len(engine.tokenizer.prompt("")) + 16:
+def encode(engine, args, items):
+    """The Prompts of a task in one language, and how many were shortened to leave room for an answer."""
+    tokenizer, room, shortened, prompts = engine.tokenizer, engine.config.max_length - args.max_new_tokens, 0, []
+    if room < len(tokenizer.prompt("")) + 16:
         raise UserError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in the model's "
                         f"{engine.config.max_length}; lower it")
-    for number, (own, english, _, where) in enumerate(items):
-        english = english if engine.connection == "english" else None
-        texts = [text and shorten(text, engine.tokenizer, room) for text in (own, english)]
-        shortened += texts != [own, english]
-        prompts.append(engine.prompt(*texts, lang, number, where))
+    for number, item in enumerate(items):
+        english = item.english if engine.connection == "english" else None
+        fitting = item._replace(prompt=shorten(item.prompt, tokenizer, room),
+                                english=english and shorten(english, tokenizer, room))
+        shortened += (fitting.prompt, fitting.english) != (item.prompt, english)
+        prompts.append(engine.encode(fitting, number))
     return prompts, shortened
 
 
-def answer(engine, args, prompts, rank, world, what):
-    """The Answers to a task's prompts, every process giving some; the same list on all."""
-    with tqdm(total=math.ceil(len(prompts) / world), desc=what, leave=False, disable=rank > 0 or None) as progress:
-        options = args.batch_size, args.max_new_tokens
-        shares = [engine.answer_all(prompts, *options, progress=progress, rank=rank, world=world)]
-    if world > 1:
-        given, shares = shares[0], [None] * world
-        dist.all_gather_object(shares, given)
+def answer(engine, args, prompts, dist, title):
+    """The Answers to a task's prompts, each process giving some; the same list on all."""
+    with tqdm(total=math.ceil(len(prompts) / dist.world_size), desc=title, leave=False,
+              disable=dist.rank > 0 or None) as progress:
+        answers = engine.answer_all(prompts, args.batch_size, args.max_new_tokens, progress=progress,
+                                    rank=dist.rank, world_size=dist.world_size)
+    shares = [answers]
+    if dist.world_size > 1:
+        shares = [None] * dist.world_size
+        torch.distributed.all_gather_object(shares, answers)
     return [next(answer for answer in given if answer) for given in zip(*shares, strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------------------ scoring
+# ----------------------------------------------------------------------------------------------- scoring
 
-ARTICLES = {  # as in the scorers of SQuAD and MLQA (arXiv 1910.07475)
-    "en": "a an the", "es": "un una unos unas el la los las", "vi": "của là cái chiếc những",
-    "de": "ein eine einen einem eines einer der die das den dem des", "fr": "le la l les du de d des un une", "eu": "",
-    "pt": "o a os as um uma uns umas", "el": "ο η το οι τα του της των τον την ένας μια ένα"}
-UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-            "\U00020000-\U0003ffff")  # scripts without spaces between words: Thai to Han
-OPENING, CLOSING = r"[\s(\[{<\"'*_`«“‘„「『（【]*", r"[\s\"'*_`»”’」』]*(?:[.):,\]}>।。、：】](?!\d)|$)"
+UNSPACED = "".join("{}-{}".format(*(chr(int(end, 16)) for end in block.split("-")))
+                   for block in LANGUAGE_TABLES["unspaced_scripts"]["ranges"])
+# What may stand before an option at the start of an answer, and after it.
+OPENING = r"[\s(\[{<\"'*_`«“‘„「『（【]*"
+CLOSING = r"[\s\"'*_`»”’」』]*(?:[.):,\]}>।。、：】](?!\d)|$)"
 
 
-def even(text):
-    """Compatibility forms, ASCII digits for those of every script, no invisible characters."""
+def normalize_text(text):
+    """NFKC, ASCII digits, no zero-width characters."""
     text = unicodedata.normalize("NFKC", text)
-    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text if unicodedata.category(c) != "Cf")
+    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text
+                   if unicodedata.category(c) != "Cf")
 
 
 def segment(text):
-    """Words where words are spaced; single characters of scripts that are written without spaces."""
+    """Words, or single characters in scripts written without spaces."""
     return re.findall(f"[{UNSPACED}]|[^\\s{UNSPACED}]+", text)
 
 
 def answer_tokens(text, lang):
     """A short answer as SQuAD and MLQA compare it: lower case, no punctuation or articles, segmented."""
-    text = even(text)
+    text = normalize_text(text)
     if lang == "tr":
         text = text.replace("İ", "i").replace("I", "ı")
     text = text.lower()
     if lang == "fr":
         text = re.sub(r"\b([ld])['’]", "", text)
-    text = "".join(c for c in text if not (unicodedata.category(c).startswith("P") or c in string.punctuation))
+    text = "".join(c for c in text if unicodedata.category(c)[0] != "P" and c not in string.punctuation)
     if lang == "ar":
         text = re.sub(r"\bال", "", text)
-    return [token for token in segment(text) if token not in ARTICLES.get(lang, "").split()]
+    articles = LANGUAGE_TABLES["articles"].get(lang, "").split()
+    return [token for token in segment(text) if token not in articles]
 
 
 def open_scores(answer, golds, lang):
-    """{metric: the best that any of the gold answers gives}: contained, exact match and token F1, each 0 to 1."""
+    """{metric: 0 to 1, the best over the gold answers}: contained, exact match and token F1."""
     found, best = answer_tokens(answer, lang), {"contained": 0.0, "exact": 0.0, "f1": 0.0}
     for gold in golds:
-        gold = answer_tokens(re.sub(r"^(\d+)\.0$", r"\1", gold), lang)  # MKQA writes whole numbers so
+        gold = answer_tokens(re.sub(r"^(\d+)\.0$", r"\1", gold), lang)  # MKQA writes whole numbers as 3.0
         common = sum((Counter(found) & Counter(gold)).values())
-        held = bool(gold) and any(found[i:i + len(gold)] == gold for i in range(len(found) - len(gold) + 1))
+        starts = range(len(found) - len(gold) + 1)
+        contained = bool(gold) and any(found[i:i + len(gold)] == gold for i in starts)
         f1 = 2 * common / (len(found) + len(gold)) if common else float(found == gold)
-        for metric, value in (("contained", held), ("exact", found == gold), ("f1", f1)):
+        for metric, value in (("contained", contained), ("exact", found == gold), ("f1", f1)):
             best[metric] = max(best[metric], float(value))
     return best
 
 
 def summary_tokens(text):
-    """Lower-case words, or characters of unspaced scripts; marks belong to their letters, all else separates."""
-    text = even(text).lower()
+    """Lower-case words, or characters of unspaced scripts; marks belong to letters, all else separates."""
+    text = normalize_text(text).lower()
     return segment("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text))
 
 
 def rouge_l(answer, gold):
     """F1 of the longest common subsequence (ROUGE-L, Lin 2004)."""
     a, b = summary_tokens(answer), summary_tokens(gold)
-    lengths = [0] * (len(b) + 1)  # of the longest common to a so far and each beginning of b
+    lengths = [0] * (len(b) + 1)  # of the longest common subsequence of a so far and each prefix of b
     for x in a:
         row = [0]
         for j, y in enumerate(b):
@@ -221,27 +222,27 @@ def rouge_l(answer, gold):
 
 
 def option_texts(prompt, options):
-    """{option: its text} of the lines "(1) text" of a prompt; the last of each, should the question have such too."""
+    """{option: its text} from a prompt's lines "(1) text"; the last of each, as questions may have such too."""
     lines = re.findall(rf"^\(([{options}])\)[ \t]*(.+)$", prompt, re.MULTILINE)
     return {option: text.strip() for option, text in lines}
 
 
 def choice(answer, options, texts):
-    """The option that an answer names, or None where it names none or more than one; texts: {option: its text}.
+    """The option that an answer names; None if it names none or several. texts: {option: its text}.
 
-    In turn: the option whose text the whole answer is; an option at the start that is set off ("1", "(B)", "2. since"),
-    unless another's text follows it; the only one that stands by itself; the only one whose text the answer repeats.
+    In turn: the option whose text is the whole answer; an option set off at the start ("1", "(B)", "2. since"),
+    unless another option's text follows; the only option that stands alone; the only one whose text is repeated.
     Digits of every script and full-width letters count as their ASCII forms.
     """
     def bare(text):
-        return even(text).strip(" \n.।。۔").casefold()
+        return normalize_text(text).strip(" \n.।。۔").casefold()
 
     whole = [option for option, text in texts.items() if bare(text) == bare(answer)]
     if len(whole) == 1 and bare(answer) not in options.casefold():
         return whole[0]
-    answer, letters = even(answer).strip(), not options[0].isdigit()
+    answer, letters = normalize_text(answer).strip(), not options[0].isdigit()
     given = options + options.lower() if letters else options
-    alone = r"(?<![\dA-Za-z.,])[%s](?![\dA-Za-z]|[.,]\d)"  # no part of a number or a Latin word
+    alone = r"(?<![\dA-Za-z.,])[%s](?![\dA-Za-z]|[.,]\d)"  # not part of a number or a Latin word
     bracketed = {found.upper() for found in re.findall(rf"(?<![\dA-Za-z])([{given}])\)", answer)}
     pairs = re.findall(rf"({alone % given})\W+(?:[^\W\d_]+\W+)?({alone % given})", answer)
     if len(bracketed) > 1 or any(a.upper() != b.upper() for a, b in pairs):  # "(1) (2)", "1 or 2"
@@ -252,64 +253,65 @@ def choice(answer, options, texts):
         follow = [option for option, words in tokens.items() if words and rest[:len(words)] == words]
         return named if not follow or max(follow, key=lambda option: len(texts[option])) == named else None
     named = bracketed or set(re.findall(alone % options, answer))
-    article = not re.search(r"(?<![A-Za-z])A(?![A-Za-z]|[ \t]+[A-Za-zÀ-ɏḀ-ỿ])", answer)  # only before Latin words
+    article = not re.search(r"(?<![A-Za-z])A(?![A-Za-z]|[ \t]+[A-Za-zÀ-ɏḀ-ỿ])", answer)  # before Latin words only
     if letters and article and "A" not in bracketed:
         named -= {"A"}
     if named:
         return named.pop() if len(named) == 1 else None
     words = f" {' '.join(summary_tokens(answer))} "
-    repeated = [option for option, text in texts.items() if (t := " ".join(summary_tokens(text))) and f" {t} " in words]
+    repeated = [option for option, text in texts.items()
+                if (t := " ".join(summary_tokens(text))) and f" {t} " in words]
     longest = [o for o in repeated if not any(o != other and texts[o] in texts[other] for other in repeated)]
     return longest[0] if len(longest) == 1 else None
 
 
-def score_item(task, lang, prompt, answer, golds):
-    """({metric: 0 to 1}, the option that the answer names, None where it names none or the task has no options)."""
+def score_answer(task, lang, item, text):
+    """({metric: 0 to 1}, the option that the answer names or None)."""
     if task in OPTIONS:
-        named = choice(answer, OPTIONS[task], option_texts(prompt, OPTIONS[task]))
-        return {"accuracy": float(named in golds)}, named
+        named = choice(text, OPTIONS[task], option_texts(item.prompt, OPTIONS[task]))
+        return {"accuracy": float(named in item.answer)}, named
     if task == "XLSum":
-        return {"rouge_l": max(rouge_l(answer, gold) for gold in golds)}, None
-    scores = open_scores(answer, golds, lang)
+        return {"rouge_l": max(rouge_l(text, gold) for gold in item.answer)}, None
+    scores = open_scores(text, item.answer, lang)
     return {metric: scores[metric] for metric in METRICS.get(task, DEFAULT_METRICS)}, None
 
 
-def score(engine, task, lang, items, answers):
-    """The scored answers to a task in one language."""
+def score_answers(engine, task, lang, items, answers):
+    """The scored answers to a task in one language, as they are written to OUT/answers."""
     rows = []
-    for (own, _, gold, _), answer in zip(items, answers, strict=True):
+    for item, answer in zip(items, answers, strict=True):
         text = engine.tokenizer.decode(answer.ids)
-        scores, named = score_item(task, lang, own, text, gold)
-        rows.append({"instruction": own, "answer": text, "choice": named, "gold": gold, "scores": scores,
-                     "layer": answer.layer})
+        scores, named = score_answer(task, lang, item, text)
+        rows.append({"instruction": item.prompt, "answer": text, "choice": named, "gold": item.answer,
+                     "scores": scores, "layer": answer.layer})
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------- statistics
+# -------------------------------------------------------------------------------------------- statistics
 
-class Cell:
-    """The score of a column on a task in a language, with what its uncertainty takes; Cell.mean averages cells."""
+class BootstrapScore:
+    """The score of a column on a task in a language, with the resamples for its interval and p-value."""
 
-    def __init__(self, values, first, number):
-        """values: the items' scores; first: those of the first column; number: seeds the draws.
+    def __init__(self, values, first, seed):
+        """values: the items' scores; first: those of the first column.
 
-        The number is the task's, for its items are the same questions in every language: drawn apart, translations
-        would count as independent and a mean's interval come out too narrow.
+        seed: one per task, for all its languages: they are translations of one another, so that independent
+        draws would make the interval of their mean too narrow.
         """
         values, count = np.array(values), len(values)
         differences = values - np.array(first)
         self.score, self.difference = values.mean(), differences.mean()
-        rng = np.random.default_rng(number)  # in portions, for tasks of many items
+        rng = np.random.default_rng(seed)  # in portions, for tasks with many items
         draws = (rng.integers(count, size=(100, count)) for _ in range(RESAMPLES // 100))
-        self.resampled = np.concatenate([values[portion].mean(1) for portion in draws])  # bootstrap over items
+        self.resampled = np.concatenate([values[portion].mean(1) for portion in draws])
         signs = (rng.choice(np.array((-1, 1), "int8"), size=(100, count)) for _ in range(PERMUTATIONS // 100))
-        self.flipped = np.concatenate([portion @ differences / count for portion in signs])  # were the columns alike
+        self.flipped = np.concatenate([portion @ differences / count for portion in signs])
 
     @classmethod
-    def mean(cls, cells):
+    def mean(cls, scores):
         mean = cls.__new__(cls)
         for name in ("score", "difference", "resampled", "flipped"):
-            setattr(mean, name, np.mean([getattr(cell, name) for cell in cells], axis=0))
+            setattr(mean, name, np.mean([getattr(score, name) for score in scores], axis=0))
         return mean
 
     def summary(self):
@@ -320,44 +322,44 @@ class Cell:
                 "difference": float(self.difference), "p": float(p)}
 
 
-def compare(answered):
-    """{(task, lang): a Cell per column} from the scored answers {(task, lang): rows} of each column."""
-    cells, tasks = {}, list(dict.fromkeys(task for task, _ in answered[0]))
-    for task, lang in answered[0]:
+def compare(columns):
+    """{(task, lang): a BootstrapScore per column} from each column's {(task, lang): scored answers}."""
+    scores, tasks = {}, list(dict.fromkeys(task for task, _ in columns[0]))
+    for task, lang in columns[0]:
         metric = METRICS.get(task, DEFAULT_METRICS)[0]
-        values = [[row["scores"][metric] for row in found[task, lang]] for found in answered]
-        cells[task, lang] = [Cell(column, values[0], tasks.index(task)) for column in values]
-    return cells
+        values = [[row["scores"][metric] for row in column[task, lang]] for column in columns]
+        scores[task, lang] = [BootstrapScore(column, values[0], tasks.index(task)) for column in values]
+    return scores
 
 
-def averages(cells):
-    """[(task, language, summary of each column)] from cells {(task, lang): a Cell per column}.
+def averages(scores):
+    """[(task, language, summary per column)] from {(task, lang): a BootstrapScore per column}.
 
-    After a task's languages come "mean" and, where it has English, "mean without en"; after the tasks, those of "all".
+    After a task's languages come "mean" and, if it has English, "mean without en"; after the tasks those of "all".
     """
     def mean(group):
-        return [Cell.mean(column) for column in zip(*group, strict=True)]
+        return [BootstrapScore.mean(column) for column in zip(*group, strict=True)]
 
-    found, english = {}, {task for task, lang in cells if lang == "en"}
-    for task in dict.fromkeys(task for task, _ in cells):
-        langs = {lang: columns for (t, lang), columns in cells.items() if t == task}
+    found, english = {}, {task for task, lang in scores if lang == "en"}
+    for task in dict.fromkeys(task for task, _ in scores):
+        langs = {lang: columns for (t, lang), columns in scores.items() if t == task}
         found.update({(task, lang): columns for lang, columns in langs.items()})
         found[task, "mean"] = mean(langs.values())
         if others := [columns for lang, columns in langs.items() if lang != "en"]:
             found[task, "mean without en"] = mean(others)
-    if len({task for task, _ in cells}) > 1:
+    if len({task for task, _ in scores}) > 1:
         for lang in dict.fromkeys(lang for _, lang in found):
             group = [columns for (_, found_lang), columns in found.items() if found_lang == lang]
             if len(group) > 1:
                 found["all", lang] = mean(group)
-    return [(task, lang, [cell.summary() for cell in columns]) for (task, lang), columns in found.items()
+    return [(task, lang, [score.summary() for score in columns]) for (task, lang), columns in found.items()
             if lang != "mean without en" or (english if task == "all" else task in english)]
 
 
-# ------------------------------------------------------------------------------------------------------------ results
+# ----------------------------------------------------------------------------------------------- results
 
 def table(rows, columns):
-    """Markdown: scores in per cent with their intervals, a row per task and language; then the comparisons."""
+    """Markdown: scores in per cent with their intervals per task and language; then the comparisons."""
     lines = ["| task | language | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for task, lang, cells in rows:
         numbers = ([100 * x for x in (cell["score"], *cell["interval"])] for cell in cells)
@@ -370,8 +372,8 @@ def table(rows, columns):
     return "\n".join(lines)
 
 
-def beside(results, columns):
-    """Markdown lines: the further metrics of tasks that have them, mean of the languages; empty where no task has."""
+def secondary_table(results, columns):
+    """Markdown lines: the mean over languages of the further metrics; empty if no task has any."""
     lines = []
     for task in dict.fromkeys(r["task"] for r in results):
         for metric in METRICS.get(task, DEFAULT_METRICS)[1:]:
@@ -382,117 +384,98 @@ def beside(results, columns):
     return head + lines if lines else []
 
 
-def plot(folder, rows, columns, layers):
-    """scores.png: score per language of each column, with intervals; layers.png: share of each chosen layer."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    Path(folder).mkdir(parents=True, exist_ok=True)
-
-    def panels(count):
-        return plt.subplots(count, figsize=(9, 2.6 * count), squeeze=False, constrained_layout=True)
-
-    tasks = [task for task in dict.fromkeys(task for task, _, _ in rows) if task != "all"]
-    figure, axes_of = panels(len(tasks))
-    for task, axes in zip(tasks, axes_of[:, 0], strict=True):
-        shown = [(lang, cells) for t, lang, cells in rows if t == task and not lang.startswith("mean")]
-        width = 0.8 / len(columns)
-        for i, column in enumerate(columns):
-            scores = np.array([[cells[i]["score"], *cells[i]["interval"]] for _, cells in shown]) * 100  # (langs, 3)
-            axes.bar(np.arange(len(shown)) + width * i, scores[:, 0], width, label=column, error_kw={"linewidth": 0.8},
-                     yerr=np.abs(scores[:, 1:] - scores[:, :1]).T)
-        axes.set_xticks(np.arange(len(shown)) + 0.4 - width / 2, [lang for lang, _ in shown])
-        axes.set_title(task, fontsize=9)
-        axes.set_ylabel("%")
-        axes.spines[["top", "right"]].set_visible(False)
-    legend = axes_of[0, 0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside upper center", ncols=3, fontsize=7, frameon=False)
-    figure.savefig(Path(folder) / "scores.png", dpi=130)
-    if layers:
-        figure, axes_of = panels(len(layers))
-        for (column, chosen), axes in zip(layers.items(), axes_of[:, 0], strict=True):
-            count = 1 + max(max(found) for found in chosen.values())
-            shares = [np.bincount(found, minlength=count) / len(found) for found in chosen.values()]  # (langs, layers)
-            image = axes.imshow(np.array(shares).T, aspect="auto", origin="lower", vmin=0, vmax=1)
-            axes.set_xticks(range(len(chosen)), list(chosen), fontsize=7, rotation=30)
-            axes.set_ylabel("layer")
-            axes.set_title(f"share of each chosen layer, {column}", fontsize=9)
-            figure.colorbar(image, ax=axes)
-        figure.savefig(Path(folder) / "layers.png", dpi=130)
+def load_plot():
+    """data/plot.py as a module, imported by its path."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise UserError("--plot: needs the matplotlib package; pip install matplotlib")
+    spec = importlib.util.spec_from_file_location("plot", DATA / "plot.py")
+    plot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot)
+    return plot
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------------- main
+
+class Results:
+    """What is measured: columns (a model with one connection), their scored answers, a result per cell."""
+
+    def __init__(self):
+        self.columns, self.answers, self.cells = [], [], []  # answers: {(task, lang): rows} of each column
+
+    def report(self, args, out):
+        """Write results.json, results.md and the pictures. Returns the tables."""
+        rows = averages(compare(self.answers))
+        markdown = "\n".join([table(rows, self.columns), *secondary_table(self.cells, self.columns)])
+        summaries = [{"task": task, "lang": lang, "column": column, **cell} for task, lang, cells in rows
+                     for column, cell in zip(self.columns, cells, strict=True)]
+        everything = {"arguments": vars(args), "results": self.cells, "summaries": summaries}
+        write_text(out / "results.json", json.dumps(everything, indent=1))
+        write_text(out / "results.md", markdown + "\n")
+        if args.plot:
+            plot = load_plot()
+            Path(args.plot).mkdir(parents=True, exist_ok=True)
+            plot.draw_scores(args.plot, rows, self.columns)
+            layers = [{f"{task} {lang}": [row["layer"] for row in found] for (task, lang), found in column.items()}
+                      for column in self.answers]
+            layers = {name: chosen for name, chosen in zip(self.columns, layers, strict=True)
+                      if None not in next(iter(chosen.values()))}
+            if layers:
+                plot.draw_layers(args.plot, layers)
+        return markdown
+
+
+def evaluate(engine, name, folder, todo, args, dist, results):
+    """Answer and score all tasks with one model and connection: a column of the results."""
+    encoded = [encode(engine, args, items) for _, _, items in todo]
+    results.columns.append(name)
+    results.answers.append({})
+    for (task, lang, items), (prompts, shortened) in zip(todo, encoded, strict=True):
+        answers = answer(engine, args, prompts, dist, f"{task} {lang}")
+        rows = results.answers[-1][task, lang] = score_answers(engine, task, lang, items, answers)
+        scores = {metric: sum(row["scores"][metric] for row in rows) / len(rows) for metric in rows[0]["scores"]}
+        unparsed = sum(row["choice"] is None for row in rows) if task in OPTIONS else 0
+        results.cells.append({"column": name, "model": engine.folder, "connection": engine.connection, "task": task,
+                              "lang": lang, "items": len(rows), "scores": scores, "unparsed": unparsed,
+                              "shortened": shortened})
+        if dist.rank == 0:
+            write_json_lines(folder / task / f"{lang}.jsonl", rows)
+    for what, meaning in (("unparsed", "answers named no option, or several, and count as wrong"),
+                          ("shortened", "prompts were shortened to fit")):
+        if count := sum(cell[what] for cell in results.cells if cell["column"] == name):
+            dist.print0(f"{name}: {count} {meaning}")
+
 
 def main():
     args = parse_args()
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    say = print if rank == 0 else lambda *_, **__: None
-    out = Path(args.out)
-    check_folder(out)
+    out, results = Path(args.out), Results()
+    check_writable(out)
     args.model = args.model or [default_model()]
     if len(set(args.model)) < len(args.model):
         raise UserError("--model: a folder is named twice; name each once")
-    found = find_tasks(args.data, args.tasks, args.langs)
-    todo = [(task, lang, read_task(args.data, task, lang, args.limit)) for task, lang in found]
-    for model in args.model:  # what can be told without loading the weights, before any work is done
+    todo = [(task, lang, read_task(args.data, task, lang, args.limit))
+            for task, lang in find_tasks(args.data, args.tasks, args.langs)]
+    for model in args.model:  # check all models before the first one's long work
         Tokenizer(model, Config.read(model), args.template)
         weight_files(model)
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise UserError("--plot: needs the matplotlib package; pip install matplotlib")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if world > 1:
-        dist.init_process_group("gloo")  # for answers alone: each process has the whole model
-
-    # A column is a model with one connection: its answers, written as they come, and their scores.
-    columns, answered, results = [], [], []  # answered: {(task, lang): scored answers} of each column
-    for model in args.model:
-        engine = Engine(model, "none", args.matrix, args.template, args.dtype)
-        asked = args.connection or [engine.default_connection()]
-        for connection in [c for c in asked if engine.can_connect(c)] or [engine.default_connection()]:
-            engine.connect(connection)
-            name = ", ".join([model] * (len(args.model) > 1) + [connection] * (len(asked) > 1)) or model
-            folder = re.sub(r"[^\w.-]+", "_", model.strip("/") + f" {connection}" * (len(asked) > 1))
-            encoded = [encode(engine, args, lang, items) for _, lang, items in todo]
-            columns.append(name)
-            answered.append({})
-            for (task, lang, items), (prompts, shortened) in zip(todo, encoded, strict=True):
-                rows = score(engine, task, lang, items, answer(engine, args, prompts, rank, world, f"{task} {lang}"))
-                answered[-1][task, lang] = rows
-                scores = {m: sum(row["scores"][m] for row in rows) / len(rows) for m in rows[0]["scores"]}
-                unparsed = sum(row["choice"] is None for row in rows) if task in OPTIONS else 0
-                results.append({"column": name, "model": model, "connection": connection, "task": task, "lang": lang,
-                                "items": len(rows), "scores": scores, "unparsed": unparsed, "shortened": shortened})
-                if rank == 0:
-                    write_lines(out / "answers" / folder / task / f"{lang}.jsonl", rows)
-            for what, meaning in (("unparsed", "answers named no option, or several, and count as wrong"),
-                                  ("shortened", "prompts were shortened to fit")):
-                if count := sum(r[what] for r in results if r["column"] == name):
-                    say(f"{name}: {count} {meaning}")
-        for notice in engine.notices:
-            say(notice, file=sys.stderr)
-        del engine  # before the next model is loaded
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank > 0:
-        return
-
-    rows = averages(compare(answered))
-    markdown = "\n".join([table(rows, columns), *beside(results, columns)])
-    summaries = [{"task": task, "lang": lang, "column": column, **cell}
-                 for task, lang, cells in rows for column, cell in zip(columns, cells, strict=True)]
-    everything = {"arguments": vars(args), "results": results, "summaries": summaries}
-    write_text(out / "results.json", json.dumps(everything, indent=1))
-    write_text(out / "results.md", markdown + "\n")
     if args.plot:
-        layers = [{f"{task} {lang}": [item["layer"] for item in items] for (task, lang), items in found.items()}
-                  for found in answered]
-        connected = {column: chosen for column, chosen in zip(columns, layers, strict=True)
-                     if None not in next(iter(chosen.values()))}
-        plot(args.plot, rows, columns, connected)
-    print(f"scores in per cent (95 % intervals)\n\n{markdown}\n\nresults and answers are in {out}")
+        load_plot()
+    with Dist.start("gloo") as dist:  # gloo: only answers are exchanged, each process has the whole model
+        for model in args.model:
+            engine = Engine(model, "none", args.template, args.dtype)
+            asked = args.connection or [engine.default_connection()]
+            possible = [c for c in asked if engine.can_connect(c)] or [engine.default_connection()]
+            for connection in possible:
+                engine.connect(connection)
+                name = ", ".join([model] * (len(args.model) > 1) + [connection] * (len(asked) > 1)) or model
+                folder = re.sub(r"[^\w.-]+", "_", model.strip("/") + f" {connection}" * (len(asked) > 1))
+                evaluate(engine, name, out / "answers" / folder, todo, args, dist, results)
+            for notice in engine.notices:
+                dist.print0(notice, file=sys.stderr)
+            del engine  # before the next model is loaded
+        if dist.rank == 0:
+            markdown = results.report(args, out)
+            print(f"scores in per cent (95 % intervals)\n\n{markdown}\n\nresults and answers are in {out}")
 
 
 if __name__ == "__main__":
-    run_script(main, speak=os.environ.get("LOCAL_RANK", "0") == "0")
+    run_script(main, is_main_process=os.environ.get("LOCAL_RANK", "0") == "0")

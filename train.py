@@ -1,27 +1,29 @@
 """Fine-tune a checkpoint with CC-Tuning (or plainly), then fit the Transform Matrix.
 
-    python train.py                                                         # the embedded default: seconds on a laptop
+    python train.py                                                  # the embedded default: seconds
     python train.py --model DIR --data FILE --out DIR
-    torchrun --nproc_per_node 8 train.py --model DIR --data FILE --out DIR  # the model sharded, the losses the same
-    python train.py --model DIR --data FILE --out DIR --save_every 100      # killed, it goes on with --resume added
-    python train.py --model DIR --data FILE --out DIR --method sft          # plain fine-tuning, the baseline
-    python train.py --model TUNED --data FILE --out DIR --epochs 0          # only fit the matrix
-    python train.py --model DIR --memory_plan 8                             # what each of 8 processes would hold
+    torchrun --nproc_per_node 8 train.py --model DIR --data FILE     # sharded over 8 GPUs, same batches
+    python train.py ... --save_every 100                             # if killed: run again with --resume
+    python train.py ... --method sft                                 # plain fine-tuning, the baseline
+    python train.py --model TUNED --data FILE --epochs 0             # only fit the matrix
+    python train.py --model DIR --memory_plan 8                      # memory of each of 8 processes
 
-FILE has JSON lines or a JSON list of {"instruction": own language, "instruction_en": the same prompt in English,
-"output": answer}, optional "lang", and "input" that is appended to the instruction. DIR is a Hugging Face checkpoint
-folder; the result is one too, ready for infer.py.
+FILE has JSON lines or a JSON list of {"instruction": own language, "instruction_en": the same prompt in
+English, "output": answer}, optional "lang", and "input" that is appended to the instruction. DIR is a
+Hugging Face checkpoint folder; the result is one too, ready for infer.py.
 
-In the letters of cctuning.py, what happens to a training file:
+In the symbols of cctuning.py, what happens to a training file:
     read_samples      a line becomes a Sample: ids of x and e
-    plan              an epoch's samples become steps of --batch_size, rows of like length together
-    deal, collate     a process's share of a step, --micro_batch at a time, becomes a Batch: x (B, T), e (B, Te), p (B,)
-    CCTuning.forward  the loss of a Batch, summed over its answer tokens
-    run               the mean over the whole step's answer tokens; AdamW; and in the end
-    fit_matrices      W (d, d) from H (L, B, d) of prompts and of their English versions
+    make_batches      an epoch's samples become steps of --batch_size, rows of similar length together
+    micro_batches     this process's share of a step, --micro_batch at a time
+    collate           ... as a Batch: x (B, T), e (B, Te), p (B,)
+    train_step        CCTuning.forward, the mean loss over the step's answer tokens, AdamW
+    fit_matrix        in the end, W (d, d) from H (L, B, d) of prompts and of their English versions
 """
 import argparse
+import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -32,12 +34,11 @@ import signal
 import time
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -46,93 +47,96 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from cctuning import Batch, MatrixSums, cctuning_tensors, gumbel_noise, load_cctuning, r_squared
-from model import (TEMPLATES, Config, Help, Tokenizer, UserError, at_least, check_folder, empty_model, english_version,
-                   holds_model, instruction, pad, read_json, read_records, read_text, run_script, save_checkpoint, sync,
-                   text_field, write_text)
+from cctuning import Batch, CCTuning, gumbel_noise, load_cctuning
+from model import (SOURCES, TEMPLATES, Config, Help, Tokenizer, UserError, at_least, check_writable,
+                   holds_model, pad, read_json, read_records, read_text, run_script, save_checkpoint, sync,
+                   write_text)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints of a single process
 
 BETAS, WEIGHT_DECAY, MAX_NORM, WARMUP = (0.9, 0.999), 0.0, 1.0, 0.1
-WINDOW = 128      # samples that are sorted by length together when a step has fewer
-HELD_OUT = 100    # prompts kept out of the matrix fit to measure it
-MAX_SKIPPED = 10  # steps in a row whose loss or gradient is not finite, before the run stops
-TIMEOUT = datetime.timedelta(minutes=10)  # that a process waits for the others, before it takes them for dead
+SORT_WINDOW = 128  # at least this many samples are sorted by length together
+HELD_OUT = 100     # prompts kept out of the matrix fit to measure it
+MAX_SKIPPED = 10   # steps in a row without a finite loss and gradient before the run stops
+TIMEOUT = datetime.timedelta(minutes=10)  # after waiting this long, a process takes the others for dead
 DATA = os.path.relpath(Path(__file__).resolve().parent / "data")
-EMBEDDED = {  # where neither --model nor --data is given
+PAPER = {"epochs": 3, "batch_size": 128, "micro_batch": 8, "lr": 1e-5}
+EMBEDDED = {  # without --model and --data
     "model": f"{DATA}/base", "data": f"{DATA}/train.jsonl", "eval_data": f"{DATA}/dev.jsonl",
     "epochs": 2, "batch_size": 32, "micro_batch": 32, "lr": 1e-4}
-FREE = {  # arguments that do not change a run's result, and so may change when it is resumed
-    "out", "overwrite", "resume", "save_every", "keep", "micro_batch", "checkpoint_activations", "max_shard_size",
-    "log_every", "memory_plan", "eval_data", "embedded"}
-CC_ONLY = {"english_grad": False, "source_layer": None, "ridge": 0.0, "per_language": False}  # no use in plain SFT
+RESUME_MAY_CHANGE = {  # arguments that do not change a run's result
+    "out", "overwrite", "resume", "save_every", "keep", "micro_batch", "checkpoint_activations",
+    "max_shard_size", "log_every", "memory_plan", "eval_data", "embedded"}
+CC_ONLY = {"english_grad": False, "source_layer": None, "fusion_layer": None, "ridge": 0.0}
 
 
 def source_layer(text):
-    return text if text in ("decision_maker", "random") else at_least(0)(text)
+    return text if text in SOURCES else at_least(0)(text)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\nIn the letters")[0], formatter_class=Help)
-    add = parser.add_argument_group("files").add_argument
-    add("--model", metavar="DIR", help="checkpoint folder to start from (default: the embedded data/base)")
-    embedded = " ".join(f"--{name} {EMBEDDED[name]}" for name in ("epochs", "batch_size", "micro_batch", "lr"))
-    add("--data", metavar="FILE", help=f"training samples (default: the embedded data/train.jsonl, with {embedded})")
-    add("--eval_data", metavar="FILE", help="samples for a validation loss, after each epoch")
-    add("--out", default="out", metavar="DIR", help="folder for the result")
-    add("--overwrite", action="store_true", help="replace a model in --out, once the new one is there")
-    add("--max_shard_size", type=at_least(0, float), default=5.0, metavar="GB", help="of each file of weights")
+    docstring = __doc__.partition("\n\nIn the symbols")[0]
+    parser = argparse.ArgumentParser(description=docstring, formatter_class=Help)
 
-    add = parser.add_argument_group("training").add_argument
-    add("--method", choices=("cc", "sft"), default="cc", help="CC-Tuning, or plain fine-tuning")
-    add("--epochs", type=at_least(0), default=3, metavar="N", help="passes over --data; 0: only fit the matrix")
-    add("--batch_size", type=at_least(1), default=128, metavar="N", help="samples a step, over all processes")
-    add("--lr", type=at_least(0, float), default=1e-5, metavar="X", help="peak learning rate; 10%% warm-up, cosine")
-    add("--max_length", type=at_least(2), metavar="N", help="tokens of prompt and answer, which is cut there (default: "
-        "1024, or what the model takes)")
-    add("--template", choices=TEMPLATES, help="chat template (default: told by the checkpoint)")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="of order, noise and the Decision Maker's start")
-    add("--english_grad", action="store_true", help="differentiate the English pass too; the paper's published "
-        "configuration does not")
-    add("--source_layer", type=source_layer, metavar="WHO", help="ablation: who picks the layer whose activation is "
-        "added, decision_maker or random, or always the layer of this number (default: as the model was trained)")
+    def add(name, kind=None, help="", **options):
+        if name in PAPER:
+            help += f" (default: {PAPER[name]:g}; embedded data: {EMBEDDED[name]:g})"
+        options |= {"type": kind, "metavar": kind and "N"} if kind else {}
+        group.add_argument(f"--{name}", help=help, **options)
 
-    add = parser.add_argument_group("Transform Matrix").add_argument
-    add("--matrix_prompts", type=at_least(1), default=1000, metavar="N", help="prompts to fit it on, of all languages "
-        "together")
-    add("--ridge", type=at_least(0, float), default=0.0, metavar="X", help="added to the diagonal of X'X, in "
-        "means of that diagonal")
-    add("--per_language", action="store_true", help="also fit one per language, by the samples' \"lang\"")
+    group = parser.add_argument_group("files")
+    add("model", str, "checkpoint folder to start from (default: the embedded data/base)")
+    add("data", str, "training samples (default: the embedded data/train.jsonl)")
+    add("eval_data", str, "samples for a validation loss, after each epoch")
+    add("out", str, "folder for the result", default="out")
+    add("overwrite", help="replace a model in --out, once the new one is there", action="store_true")
+    add("max_shard_size", at_least(0, float), "GB of each file of weights", default=5.0)
 
-    add = parser.add_argument_group("memory").add_argument
-    add("--dtype", choices=("float32", "bfloat16"), help="of the computation; trained weights are float32 until saved "
-        "(default: bfloat16 on a GPU, float32 on a CPU)")
-    add("--micro_batch", type=at_least(1), default=8, metavar="N", help="samples at a time in one process; changes "
-        "memory, not results")
-    add("--checkpoint_activations", action="store_true", help="keep each layer's input alone and compute the rest "
-        "again for the backward pass: same results, less memory, about a quarter more time")
-    add("--memory_plan", type=at_least(1), metavar="N", help="only print what each of N processes would hold")
+    group = parser.add_argument_group("training")
+    add("method", help="CC-Tuning, or plain fine-tuning", choices=("cc", "sft"), default="cc")
+    add("epochs", at_least(0), "passes over --data; 0: only fit the matrix")
+    add("batch_size", at_least(1), "samples per step, over all processes")
+    add("lr", at_least(0, float), "peak learning rate; 10%% warm-up, then cosine")
+    add("max_length", at_least(2), "maximum tokens of prompt and answer; longer answers are cut (default: 1024, or "
+        "what the model takes)")
+    add("template", help="chat template (default: the checkpoint's)", choices=TEMPLATES)
+    add("seed", at_least(0), "of order, noise and the initial Decision Maker", default=0)
+    add("english_grad", help="differentiate the English pass too, unlike the paper's published configuration",
+        action="store_true")
+    add("source_layer", source_layer, "ablation, what is fused: decision_maker, random, mean (of all layers; the last "
+        "ones, of the largest norms, dominate it) or a layer's number (default: the model's)")
+    add("fusion_layer", at_least(0), "the layer whose FFN it is added to (default: the model's, else 0, the paper's)")
 
-    add = parser.add_argument_group("stopping and going on").add_argument
-    add("--save_every", type=at_least(1), metavar="N", help="write OUT/checkpoints every N steps (default: only when "
-        "stopped by a signal)")
-    add("--keep", type=at_least(1), default=2, metavar="N", help="checkpoints to keep")
-    add("--resume", action="store_true", help="go on from the newest of OUT/checkpoints, on any number of processes; "
-        "from the start where there is none")
-    add("--log_every", type=at_least(1), default=10, metavar="N", help="steps between printed lines; "
-        "OUT/train_log.jsonl has them all")
+    group = parser.add_argument_group("Transform Matrix")
+    add("matrix_prompts", at_least(1), "prompts to fit it on", default=1000)
+    add("ridge", at_least(0, float), "added to the diagonal of X'X, relative to mean(diag(X'X))", default=0.0)
+
+    group = parser.add_argument_group("memory")
+    add("dtype", help="of the computation; weights are float32 until saved (default: bfloat16 on a GPU, float32 on a "
+        "CPU)", choices=("float32", "bfloat16"))
+    add("micro_batch", at_least(1), "samples at a time in one process; changes memory, not results")
+    add("checkpoint_activations", help="recompute layers in the backward pass: less memory, a quarter more time",
+        action="store_true")
+    add("memory_plan", at_least(1), "only print the memory that each of N processes needs")
+
+    group = parser.add_argument_group("stopping and resuming")
+    add("save_every", at_least(1), "steps between checkpoints in OUT/checkpoints (default: only when stopped)")
+    add("keep", at_least(1), "checkpoints to keep", default=2)
+    add("resume", help="continue from the newest checkpoint, if there is one, on any number of processes",
+        action="store_true")
+    add("log_every", at_least(1), "steps between printed lines; OUT/train_log.jsonl has all", default=10)
 
     args = parser.parse_args(argv)
-    if args.memory_plan and args.model:
-        return args
-    embedded = args.model is None and args.data is None
-    if not embedded and (args.model is None or args.data is None):
+    args.embedded = args.model is None and args.data is None
+    if not args.embedded and (args.model is None or (args.data is None and not args.memory_plan)):
         raise UserError("--model: give both --model and --data, or neither for the embedded default")
-    parser.set_defaults(embedded=embedded, **EMBEDDED if embedded else {})  # noted: a later default run may replace it
-    return parser.parse_args(argv)
+    for name, value in (EMBEDDED if args.embedded else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
-# --------------------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------------- data
 
 @dataclass
 class Sample:
@@ -143,36 +147,37 @@ class Sample:
     is_english: bool
 
 
-def read_samples(path, tokenizer, max_length):
-    """The samples of a training file, and how many were dropped: their prompts leave no room for an answer.
+def read_samples(path, tokenizer, max_length, print0):
+    """The Samples of a training file. Prints how many prompts were too long, and how many answers are cut.
 
-    Raises UserError for the first line that is not as it should be, or where no sample is left.
+    Raises UserError for the first malformed line, or if no sample is left.
     """
-    samples, dropped = [], 0
-    for line, record in read_records(path):
-        where = f"{path}:{line}"
-        own, english = instruction(record, where), english_version(record, where)
-        output, lang = text_field(record, "output", where), text_field(record, "lang", where, required=False)
-        ids, english_ids = tokenizer.prompt(own), tokenizer.prompt(english)
-        if len(ids) >= max_length or len(english_ids) > max_length:
-            dropped += 1
-            continue
-        is_english = lang == "en" or record["instruction_en"] == record["instruction"]
-        samples.append(Sample((ids + tokenizer.answer(output))[:max_length], len(ids), english_ids, lang, is_english))
+    records, samples = read_records(path, ("instruction", "instruction_en", "output")), []
+    for record in records:
+        ids, english_ids = tokenizer.prompt(record.prompt), tokenizer.prompt(record.english)
+        if len(ids) < max_length and len(english_ids) <= max_length:
+            answered = (ids + tokenizer.answer(record.answer))[:max_length]
+            samples.append(Sample(answered, len(ids), english_ids, record.lang, record.is_english))
     if not samples:
-        raise UserError(f"{path}: all {dropped} prompts are too long for --max_length {max_length}; raise it")
-    return samples, dropped
+        raise UserError(f"{path}: all {len(records)} prompts are too long for --max_length {max_length}; "
+                        "raise it")
+    if dropped := len(records) - len(samples):
+        print0(f"{path}: {dropped} of {len(records)} samples dropped, their prompts leave no room for an "
+               f"answer in {max_length} tokens")
+    if cut := sum(s.ids[-1] != tokenizer.end_of_turn for s in samples):
+        print0(f"{path}: {cut} answers cut at {max_length} tokens")
+    return samples
 
 
-def plan(samples, batch_size, seed, epoch):
+def make_batches(samples, batch_size, seed, epoch):
     """The steps of an epoch, each an array of sample numbers, longest first.
 
-    Samples are shuffled; within windows of at least WINDOW of them they are sorted by length and cut into steps, which
-    are shuffled again. So the rows of a step are of like length, and the order of the steps says nothing about length.
+    Samples are shuffled, sorted by length within windows of at least SORT_WINDOW, cut into steps, and the
+    steps shuffled: a step's rows have similar lengths, and the order of steps says nothing about length.
     """
     lengths = np.array([len(s.ids) + len(s.english_ids) for s in samples])
     rng = np.random.default_rng((seed, epoch))
-    order, window = rng.permutation(len(samples)), batch_size * math.ceil(WINDOW / batch_size)
+    order, window = rng.permutation(len(samples)), batch_size * math.ceil(SORT_WINDOW / batch_size)
     steps = []
     for start in range(0, len(order), window):
         part = order[start:start + window]
@@ -181,108 +186,118 @@ def plan(samples, batch_size, seed, epoch):
     return [steps[i] for i in rng.permutation(len(steps))]
 
 
-def collate(samples, connection_index):
-    """A Batch of samples; connection_index: the connection position, counted from a prompt's end (negative)."""
+def collate(samples, connection_index, device="cpu"):
+    """A Batch of samples; connection_index: the connection position, counted from a prompt's end (-1: last)."""
     ids, lengths = pad([s.ids for s in samples])
     english_ids, english_lengths = pad([s.english_ids for s in samples])
     prompts, column = torch.tensor([s.prompt_length for s in samples]), torch.arange(ids.shape[1])  # (B,), (T,)
-    answer = (column >= prompts[:, None]) & (column < lengths[:, None])  # (B, T)
-    labels = ids.masked_fill(~answer, -100)
-    return Batch(ids, labels, prompts + connection_index, english_ids, english_lengths + connection_index)
+    is_answer = (column >= prompts[:, None]) & (column < lengths[:, None])  # (B, T)
+    batch = Batch(ids, ids.masked_fill(~is_answer, -100), prompts + connection_index,
+                  english_ids, english_lengths + connection_index)
+    return Batch(*(tensor.to(device) for tensor in batch))
 
 
-# ---------------------------------------------------------------------------------------------------------- processes
+# --------------------------------------------------------------------------------------------- processes
 
 @dataclass
-class Workers:
-    """The processes of this run, and what this one computes on."""
+class Dist:
+    """The processes that torchrun started, if it did; otherwise a single one."""
     rank: int
-    world: int
+    world_size: int
     device: torch.device
-    dtype: torch.dtype
 
-    def deal(self, items, size):
-        """This process's share of items, in groups of at most `size`: (group, 1), or (some group, 0) to keep in step.
+    @classmethod
+    def start(cls, backend=None):
+        """Join the process group; backend: nccl on GPUs, else gloo, unless given."""
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        if world_size > 1:
+            backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+            torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+        return cls(rank, world_size, device)
 
-        Every process gets the same number of groups, for all must take part in each forward pass of a sharded model.
-        """
-        size = min(size, math.ceil(len(items) / self.world))
-        groups = [items[i:i + size] for i in range(0, len(items), size)]
-        for i in range(self.rank, math.ceil(len(groups) / self.world) * self.world, self.world):
-            yield (groups[i], 1) if i < len(groups) else (groups[-1], 0)
+    def __enter__(self):
+        return self
 
-    def sum(self, tensor):
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
+    def __exit__(self, error, *_):
+        """Leave the process group: together at the end, alone after an error."""
+        if self.world_size > 1:
+            if error is None or error is SystemExit:
+                self.barrier()
+            torch.distributed.destroy_process_group()
+
+    def print0(self, *values, **options):
+        """print() on rank 0 only."""
+        if self.rank == 0:
+            print(*values, **options)
 
     def barrier(self):
-        if self.world > 1:
-            dist.barrier()
+        if self.world_size > 1:
+            torch.distributed.barrier()
 
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+    def sum(self, tensor):
+        """Sum a tensor over the processes, in place."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def micro_batches(self, items, size):
+        """Yield (group, weight): this process's share of items, in groups of at most `size`.
+
+        The weight is 1, or 0 for a repeated group: FSDP needs every rank in each forward, so all ranks get
+        the same number of groups.
+        """
+        size = min(size, math.ceil(len(items) / self.world_size))
+        groups = [items[i:i + size] for i in range(0, len(items), size)]
+        rounds = math.ceil(len(groups) / self.world_size)
+        for i in range(self.rank, rounds * self.world_size, self.world_size):
+            yield (groups[i], 1) if i < len(groups) else (groups[-1], 0)
 
 
-def start_workers(dtype):
-    """Join the processes that torchrun started, if it did."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    return Workers(rank, world, device, getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32")))
+def shard(cc, dist, dtype):
+    """Shard the model over the processes: each decoder layer, and the rest with the root.
 
-
-def shard(cc, workers):
-    """Spread the model over the processes: each decoder layer, and the rest with the root.
-
-    One forward of the root runs both passes of a step. Weights and optimizer stay float32; layers are gathered in the
-    dtype of the computation, gradients reduced in float32. Returns what model.load_weights needs: local(parameter), its
-    part here and the rows of the whole that it is.
+    One forward of the root runs both passes of a step. Weights and optimizer stay float32; layers are
+    gathered in the dtype of the computation, gradients reduced in float32.
     """
-    low = torch.bfloat16 if workers.dtype == torch.bfloat16 else None
-    # Inputs are not cast: Gumbel noise rounded to bfloat16 could choose another layer than in one process.
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
-    mesh = dist.init_device_mesh(workers.device.type, (workers.world,))
+    low = torch.bfloat16 if dtype == torch.bfloat16 else None
+    # Inputs are not cast: Gumbel noise rounded to bfloat16 could draw another layer than one process draws.
+    policy = MixedPrecisionPolicy(low, low and torch.float32, cast_forward_inputs=False)
+    mesh = torch.distributed.init_device_mesh(dist.device.type, (dist.world_size,))
     for module in [*cc.lm.model.layers, cc]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(cc, "activations")
-
-    def local(parameter):
-        part = parameter.detach().to_local()
-        start = workers.rank * math.ceil(len(parameter) / workers.world)  # dimension 0 in equal parts, the last shorter
-        return part, slice(start, start + len(part))
-    return local
+    cc.to_empty(device=dist.device)
 
 
-def let_go(cc):
-    """After passes without a backward: drop the root's gathered weights, which are not the optimizer's parameters."""
+def reshard(cc):
+    """Reshard the root: without a backward, FSDP leaves it unsharded, apart from the optimizer's weights."""
     if isinstance(cc, FSDPModule):
         cc.reshard()
 
 
-def gathered(parameter):
-    """A parameter as a whole on the CPU. Every process must call it."""
+def full_tensor(parameter):
+    """The whole parameter, on the CPU. Collective: every process must call it."""
     parameter = parameter.detach()
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).cpu()
 
 
 def memory_plan(args):
-    """Bytes that each of --memory_plan processes holds in training, by name. Activations come on top."""
-    world, lm = args.memory_plan, empty_model(args.model)
-    config = lm.config
+    """Estimate from config.json: {what: bytes} of each of --memory_plan processes, without activations."""
+    world, config = args.memory_plan, Config.read(args.model)
+    with torch.device("meta"):
+        lm = CCTuning(config).lm
     layer = sum(p.numel() for p in lm.model.layers[0].parameters())
     rest = sum(p.numel() for name, p in lm.named_parameters() if ".layers." not in name)
     part = sum(math.ceil(len(p) / world) * p[0].numel() for p in lm.parameters())
     low = 4 if args.dtype == "float32" else 2  # bytes of a number in the dtype of the computation
-    rows = min(args.micro_batch, math.ceil(args.batch_size / world))
-    tokens = rows * (args.max_length or min(1024, config.max_length))
-    if world > 1:  # weights of the root and two layers are gathered, gradients of one group reduced in float32
+    tokens = min(args.micro_batch, math.ceil(args.batch_size / world)) * default_max_length(args, config)
+    if world > 1:  # the root's and two layers' weights are gathered, one group's gradients reduced in float32
         weights, reduced = low * (rest + 2 * layer), (low + 4) * max(rest, layer)
-    else:  # autocast's copies of what is multiplied, which is all but the embedding
+    else:  # autocast's copies of all weights but the embedding
         multiplied = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
         weights, reduced = low * multiplied if low == 2 else 0, 0
     return {
@@ -291,373 +306,439 @@ def memory_plan(args):
         "AdamW's two moments": 8 * part,
         "weights in the dtype of the computation": weights,
         "gradients while they are reduced": reduced,
-        "logits, were all tokens answer": 3 * 4 * tokens * config.vocab_size,  # they, their log-softmax, its gradient
+        "logits, if all tokens were answer": 3 * 4 * tokens * config.vocab_size,  # + log-softmax, gradient
     }
 
 
-# ------------------------------------------------------------------------------- validation and the Transform Matrix
+# ------------------------------------------------------------------------------------------------- setup
 
-@torch.no_grad()
-def validation_loss(cc, samples, tokenizer, workers, micro_batch, connection):
-    """Mean loss per answer token, the layer being the Decision Maker's argmax."""
-    samples = sorted(samples, key=lambda s: -len(s.ids))
-    total = torch.zeros(2, dtype=torch.float64, device=workers.device)  # loss, answer tokens
-    for group, real in workers.deal(samples, micro_batch):
-        batch = Batch(*(t.to(workers.device) for t in collate(group, tokenizer.connection_index)))
-        with workers.autocast():
-            loss = cc(batch, connection)
-        total += real * torch.stack((loss, (batch.labels != -100).sum())).double()
-    let_go(cc)
-    loss, count = workers.sum(total).tolist()
-    return loss / count
+@dataclass
+class Setup:
+    """What a run works with, checked before any work is done."""
+    args: argparse.Namespace
+    dist: Dist
+    dtype: torch.dtype    # of the computation
+    config: Config
+    tokenizer: Tokenizer
+    samples: list
+    eval_samples: list
+    steps: list           # (epoch, sample numbers) of each step
+
+    @property
+    def connections(self):
+        """What the fused vector may come from; the model is trained with the first."""
+        return ("english", "matrix", "none") if self.args.method == "cc" else ("none",)
+
+    @property
+    def run_info(self):
+        """What a resumed run must have in common with the run that wrote the checkpoint."""
+        info = {name: value for name, value in vars(self.args).items() if name not in RESUME_MAY_CHANGE}
+        return info | {"dtype": str(self.dtype), "data": f"{self.args.data} {self.data_digest}",
+                       "fusion_layer": self.config.fusion_layer}
+
+    @functools.cached_property
+    def data_digest(self):
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(repr(sample).encode())
+        return digest.hexdigest()
+
+    def autocast(self):
+        return torch.autocast(self.dist.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
-@torch.no_grad()
-def fit_matrices(cc, samples, tokenizer, workers, args):
-    """Fit the Transform Matrices on a seeded draw of the samples that are not English.
+def default_max_length(args, config):
+    return args.max_length or min(1024, config.max_length)
 
-    Returns {name: W (d, d)} and what to note of the fit; R^2 is measured on HELD_OUT prompts that are not in it.
+
+def read_setup(args, dist):
+    """Read configuration, tokenizer and data, and refuse what cannot work."""
+    check_writable(args.out)
+    unused = [name for name, off in CC_ONLY.items() if args.method == "sft" and getattr(args, name) != off]
+    if unused or (args.method == "sft" and args.epochs == 0):
+        raise UserError(f"--method sft: has no use for --{(unused or ['epochs 0'])[0]}; leave one of them out")
+    config = Config.read(args.model)
+    layers, max_length = config.num_hidden_layers, default_max_length(args, config)
+    if max_length > config.max_length:
+        raise UserError(f"--max_length: {max_length} is more than {args.model} takes, {config.max_length}; "
+                        "lower it")
+    for name in ("source_layer", "fusion_layer"):
+        if (value := getattr(args, name)) is not None:
+            if isinstance(value, int) and value >= layers:
+                raise UserError(f"--{name}: {args.model} has no layer {value}, its last one is {layers - 1}")
+            config = dataclasses.replace(config, **{name: value})
+    tokenizer = Tokenizer(args.model, config, args.template)
+    if tokenizer.notice:
+        dist.print0(tokenizer.notice)
+    samples, eval_samples = (read_samples(path, tokenizer, max_length, dist.print0) if path else []
+                             for path in (args.data, args.eval_data))
+    if args.method == "cc" and all(s.is_english for s in samples):
+        raise UserError(f"{args.data}: every instruction equals its instruction_en, the Transform Matrix "
+                        "needs other languages; add some, or give --method sft")
+    steps = [(epoch, numbers) for epoch in range(args.epochs)
+             for numbers in make_batches(samples, args.batch_size, args.seed, epoch)]
+    dtype = getattr(torch, args.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32"))
+    return Setup(args, dist, dtype, config, tokenizer, samples, eval_samples, steps)
+
+
+def is_finished(setup):
+    """True if --out holds the result of this run, to --resume. Refuses to replace any other model."""
+    args, out = setup.args, Path(setup.args.out)
+    if not holds_model(out) or (out / "saving.tmp").exists():  # the latter: died while saving
+        if list((out / "checkpoints").glob("step-*")) and not (args.overwrite or args.resume):
+            raise UserError(f"{out}/checkpoints: a run was stopped; continue it with --resume, or start again "
+                            "with --overwrite")
+        return False
+    existing = Config.read(out).cctuning
+    previous_args = existing.get("arguments", {})
+    same = all(previous_args.get(name) == value for name, value in vars(args).items()
+               if name not in RESUME_MAY_CHANGE)
+    if args.resume and same and existing.get("data") == setup.data_digest:
+        return True
+    if not args.overwrite and not (args.embedded and previous_args.get("embedded") is True):
+        raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
+    return False
+
+
+def load_for_training(setup):
+    """The model with float32 weights, sharded if there are several processes; and model.Loaded."""
+    args = setup.args
+    with torch.device("meta"):
+        cc = CCTuning(setup.config, args.seed)
+    if setup.dist.world_size > 1:
+        shard(cc, setup.dist, setup.dtype)
+    loaded = load_cctuning(cc, args.model, torch.float32, setup.dist.device)
+    trained_for = Config.read(args.model).fusion_layer
+    if args.method == "cc" and cc.trained and trained_for != setup.config.fusion_layer:
+        raise UserError(f"--fusion_layer: {args.model} was trained for layer {trained_for}; leave the option "
+                        "out, or start from the base model")
+    if args.method == "cc" and args.epochs == 0 and not cc.trained:
+        raise UserError(f"{args.model}: no trained Decision Maker; train before fitting (--epochs 1)")
+    if args.method == "sft":
+        cc.decision_maker.requires_grad_(False)
+    if args.checkpoint_activations:
+        for layer in cc.lm.model.layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    return cc, loaded
+
+
+# ------------------------------------------------------------------------------------- one training step
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first tenth of the steps, then a cosine to 0."""
+    warmup = math.ceil(WARMUP * steps)
+    progress = max(0, step - warmup) / max(1, steps - warmup)  # share of the cosine
+    return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def train_step(setup, cc, optimizer, step):
+    """Forward, backward and update. Returns loss and gradient norm; if one is not finite, no update.
+
+    The loss is the mean over the answer tokens of the whole step: an average of averages would weigh the
+    tokens of short answers more.
     """
-    foreign = [s for s in samples if not s.is_english]
-    order = np.random.default_rng((args.seed, len(samples))).permutation(len(foreign))
+    args, dist, samples = setup.args, setup.dist, setup.samples
+    numbers = setup.steps[step][1]
+    targets = sum(len(samples[i].ids) - samples[i].prompt_length for i in numbers)
+    total = torch.zeros((), device=dist.device)
+    for group, weight in dist.micro_batches(numbers, args.micro_batch):
+        batch = collate([samples[i] for i in group], setup.tokenizer.connection_index, dist.device)
+        noise = gumbel_noise(args.seed, step, group, setup.config.num_hidden_layers).to(dist.device)  # (B, L)
+        with setup.autocast():
+            loss = cc(batch, setup.connections[0], noise, args.english_grad) * weight
+        (loss * dist.world_size / targets).backward()  # FSDP averages gradients over processes: undo that
+        total += loss.detach()
+    loss = dist.sum(total).item() / targets
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_NORM)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    optimizer.param_groups[0]["lr"] = learning_rate(step, len(setup.steps), args.lr)
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
+
+
+# -------------------------------------------------------------------- validation and the Transform Matrix
+
+@torch.no_grad()
+def validate(setup, cc, connections):
+    """{connection: validation loss}: the mean per answer token, without noise."""
+    samples, losses = sorted(setup.eval_samples, key=lambda s: -len(s.ids)), {}
+    for connection in connections:
+        total = torch.zeros(2, dtype=torch.float64, device=setup.dist.device)  # loss, answer tokens
+        for group, weight in setup.dist.micro_batches(samples, setup.args.micro_batch):
+            batch = collate(group, setup.tokenizer.connection_index, setup.dist.device)
+            with setup.autocast():
+                loss = cc(batch, connection)
+            total += weight * torch.stack((loss, (batch.labels != -100).sum())).double()
+        loss, count = setup.dist.sum(total).tolist()
+        losses[connection] = loss / count
+    reshard(cc)
+    return losses
+
+
+@torch.no_grad()
+def fit_matrix(setup, cc):
+    """Fit the Transform Matrix on a seeded sample of the prompts that are not English. Returns the fit's info.
+
+    R^2 is measured on HELD_OUT prompts that are not in the fit.
+    """
+    args, dist, matrix = setup.args, setup.dist, cc.transform_matrix
+    foreign = [s for s in setup.samples if not s.is_english]
+    order = np.random.default_rng((args.seed, len(setup.samples))).permutation(len(foreign))
     held_out = min(HELD_OUT, len(foreign) // 5)
     chosen = [foreign[i] for i in order[:held_out + args.matrix_prompts]]
-    test, fit = (sorted(part, key=lambda s: -s.prompt_length) for part in (chosen[:held_out], chosen[held_out:]))
+    test, fit = (sorted(part, key=lambda s: -s.prompt_length)
+                 for part in (chosen[:held_out], chosen[held_out:]))
 
-    def name(sample):
-        return sample.lang if args.per_language else "shared"
+    def activations(samples):
+        """X and Y (L, B, d)."""
+        sides = [s.ids[:s.prompt_length] for s in samples], [s.english_ids for s in samples]
+        with setup.autocast():
+            return [cc.activations(ids.to(dist.device),
+                                   (lengths + setup.tokenizer.connection_index).to(dist.device))
+                    for ids, lengths in map(pad, sides)]
 
-    def activations(group):
-        """X and Y (L, B, d) of samples (B)."""
-        sides = pad([s.ids[:s.prompt_length] for s in group]), pad([s.english_ids for s in group])
-        with workers.autocast():
-            return [cc.activations(ids.to(workers.device), (lengths + tokenizer.connection_index).to(workers.device))
-                    for ids, lengths in sides]
-
-    sums = MatrixSums(sorted({name(s) for s in fit}), cc.lm.config.hidden_size, workers.device)
-    dealt = list(workers.deal(fit, args.micro_batch))
-    for group, real in tqdm(dealt, "matrix", disable=workers.rank > 0 or None):
+    width = setup.config.hidden_size
+    matrix.sums = torch.zeros(2, width, width, dtype=torch.float64, device=dist.device)
+    groups = list(dist.micro_batches(fit, args.micro_batch))
+    for group, weight in tqdm(groups, "matrix", disable=dist.rank > 0 or None):
         own, english = activations(group)
-        sound = (own.isfinite() & english.isfinite()).all(2).all(0)  # (B,); a broken sample would ruin the matrix
-        if real and sound.any():
-            names = [name(s) for s, kept in zip(group, sound.tolist(), strict=True) if kept]
-            sums.add(own[:, sound], english[:, sound], names)
-    for pair in sums.sums.values():
-        workers.sum(pair)
-    matrices = sums.solve(args.ridge)
-    note = {"prompts": len(fit), "ridge": args.ridge, "held_out": len(test)}
-    if args.per_language:
-        note["prompts_per_language"] = {lang: sum(s.lang == lang for s in fit) for lang in sums.sums}
-    if test:  # on every process the same, few as they are
+        finite = (own.isfinite() & english.isfinite()).all(2).all(0)  # (B,): one bad prompt ruins the sums
+        if weight and finite.any():
+            matrix.add(own[:, finite], english[:, finite])
+    dist.sum(matrix.sums)
+    matrix.solve(args.ridge)
+    info = {"prompts": len(fit), "ridge": args.ridge, "held_out": len(test)}
+    if test:  # few: every process computes all
         groups = [activations(test[i:i + args.micro_batch]) for i in range(0, len(test), args.micro_batch)]
         own, english = (torch.cat(side, dim=1) for side in zip(*groups, strict=True))
-        found = r_squared(matrices["shared"], own, english).tolist()
-        note["r_squared"] = [round(r, 4) if math.isfinite(r) else None for r in found]  # None: no variance to explain
-    let_go(cc)
-    return matrices, note
+        info["r_squared"] = [finite_or_none(round(r, 4)) for r in matrix.r_squared(own, english).tolist()]
+    reshard(cc)
+    return info
 
 
-# ------------------------------------------------------------------------------------------------ stopping and going on
-
-def run_state(cc, optimizer):
-    """All that a run goes on from, by name: weights and AdamW's moments, to be written, or read in place.
-
-    Order of the samples, learning rate and Gumbel noise follow from the seed and the step.
-    """
-    state = {}
-    for name, p in cc.named_parameters():
-        state[name] = p.detach()
-        if p.requires_grad:
-            moments = optimizer.state[p]
-            if not moments:  # as AdamW starts them
-                moments.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                               exp_avg_sq=torch.zeros_like(p))
-            state.update({f"{name}.{key}": value for key, value in moments.items()})
-    return state
-
-
-def save_run(folder, step, state, note, keep, workers):
-    """Write FOLDER/step-N, whole or not at all, and remove all but the newest `keep`.
-
-    Its parts are torch.distributed.checkpoint's, whose index is a pickle: a checkpoint is for whoever wrote it, and
-    never leaves the user's --out.
-    """
-    target, partial = folder / f"step-{step:07d}", folder / f"step-{step:07d}.tmp"
-    if target.exists():
-        return
-    try:
-        if workers.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write_text(partial / "run.json", json.dumps(note))
-        workers.barrier()
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True), no_dist=workers.world == 1)
-        if workers.rank == 0:
-            partial.rename(target)
-            sync(folder)
-            for old in checkpoints(folder)[:-keep]:
-                shutil.rmtree(old.rename(old.with_suffix(".tmp")))
-    except (OSError, CheckpointException) as error:
-        if workers.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{target}: cannot be written ({last_line(error)}); make room, go on with --resume") from None
-
-
-def checkpoints(folder):
-    """The complete checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7}", path.name)]
-    return sorted(path for path in found if (path / ".metadata").exists())
-
-
-def load_run(path, state, note, workers):
-    """Read a checkpoint into `state` in place, having made sure that it is of the same run. Returns its step."""
-    saved = read_json(path / "run.json")
-    for name in note:
-        if saved.get(name) != note[name]:
-            raise UserError(f"{path}: was written with another --{name} ({saved.get(name)}, now {note[name]}); give "
-                            "the same, or another --out")
-    try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=workers.world == 1)
-    except (Exception, CheckpointException) as error:  # a damaged file can make the reader raise anything
-        raise UserError(f"{path}: damaged ({last_line(error)}); remove it to resume from the one before it") from None
-    return int(path.name.removeprefix("step-"))
-
+# ----------------------------------------------------------------------------------------- checkpointing
 
 def last_line(error):
-    """What an error says in the end; of several processes' errors, the first one's."""
+    """The last line of an error's text; of a collective failure, that of the first process."""
     failures = list(getattr(error, "failures", {}).values())
     error = failures[0][0] if failures else error
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def open_log(out, start, resumed):
-    """train_log.jsonl, with the lines up to step `start` of the run that is resumed; other leftovers are removed."""
-    lines = []
-    if resumed and (out / "train_log.jsonl").exists():
-        for line in read_text(out / "train_log.jsonl").splitlines():
+class Checkpointer:
+    """Weights and AdamW's moments in OUT/checkpoints/step-N, to resume from.
+
+    The order of samples, the learning rate and the noise follow from the seed and the step. The index of
+    torch.distributed.checkpoint is a pickle: never resume from a checkpoint that is not yours.
+    """
+
+    def __init__(self, setup, cc, optimizer):
+        self.setup, self.cc, self.optimizer = setup, cc, optimizer
+        self.folder = Path(setup.args.out) / "checkpoints"
+
+    def complete(self):
+        """The complete checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*")
+                      if re.fullmatch(r"step-\d{7}", path.name) and (path / ".metadata").exists())
+
+    def state(self):
+        """{name: tensor} of all that is saved; resume reads into these tensors."""
+        state = {}
+        for name, p in self.cc.named_parameters():
+            state[name] = p.detach()
+            if p.requires_grad:
+                moments = self.optimizer.state[p]
+                if not moments:  # as AdamW initialises them
+                    moments.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                   exp_avg_sq=torch.zeros_like(p))
+                state.update({f"{name}.{key}": value for key, value in moments.items()})
+        return state
+
+    def save(self, step):
+        """Write step-N, whole or not at all, and remove all but the newest --keep."""
+        dist, target = self.setup.dist, self.folder / f"step-{step:07d}"
+        temporary = target.with_suffix(".tmp")
+        if target.exists():
+            return
+        try:
+            if dist.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                write_text(temporary / "run.json", json.dumps(self.setup.run_info))
+            dist.barrier()
+            writer = dcp.FileSystemWriter(temporary, sync_files=True)
+            dcp.save(self.state(), storage_writer=writer, no_dist=dist.world_size == 1)
+            if dist.rank == 0:
+                temporary.rename(target)
+                sync(self.folder)
+                for old in self.complete()[:-self.setup.args.keep]:
+                    shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+        except (OSError, CheckpointException) as error:
+            if dist.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(f"{target}: cannot be written ({last_line(error)}); make room, then continue "
+                            "with --resume") from None
+
+    def resume(self):
+        """Load the newest checkpoint in place, if it is of the same run. Returns its step; 0: none there."""
+        if not self.complete():
+            return 0
+        path = self.complete()[-1]
+        saved = read_json(path / "run.json")
+        for name, value in self.setup.run_info.items():
+            if saved.get(name) != value:
+                raise UserError(f"{path}: was written with another --{name} ({saved.get(name)}, now {value}); "
+                                "give the same, or another --out")
+        try:
+            dcp.load(self.state(), storage_reader=dcp.FileSystemReader(path),
+                     no_dist=self.setup.dist.world_size == 1)
+        except (Exception, CheckpointException) as error:  # a damaged file can raise anything
+            raise UserError(f"{path}: damaged ({last_line(error)}); remove it to resume from the one "
+                            "before it") from None
+        return int(path.name.removeprefix("step-"))
+
+
+class Log:
+    """OUT/train_log.jsonl, written by rank 0: a line per step, then the matrix and validation losses."""
+
+    def __init__(self, out, start, dist):
+        """Keep the lines up to step `start` of a resumed run; remove what other runs left in `out`."""
+        self.file, path, lines = None, out / "train_log.jsonl", []
+        if dist.rank > 0:
+            return
+        for line in read_text(path).splitlines() if start and path.exists() else []:
             try:
                 lines += [line] if json.loads(line)["step"] <= start else []
             except (ValueError, KeyError):
-                pass  # cut short, or of the end of a run
-    elif not resumed:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    for left in [out / "saving.tmp", *(out / "checkpoints").glob("*.tmp")]:
-        shutil.rmtree(left, ignore_errors=True)
-    write_text(out / "train_log.jsonl", "".join(line + "\n" for line in lines))
-    return open(out / "train_log.jsonl", "a", encoding="utf-8")
+                pass  # cut short, or written after the last step
+        if not start:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        for leftover in [out / "saving.tmp", *(out / "checkpoints").glob("*.tmp")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        write_text(path, "".join(line + "\n" for line in lines))
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, **entry):
+        if self.file:
+            self.file.write(json.dumps(entry) + "\n")
+            self.file.flush()
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- the run
 
-def learning_rate(step, steps, peak):
-    """Linear over the first tenth of the steps, then a cosine to 0."""
-    warmup = math.ceil(WARMUP * steps)
-    done = max(0, step - warmup) / max(1, steps - warmup)  # share of the cosine
-    return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * done))
+def finite_or_none(number):
+    return number if math.isfinite(number) else None  # JSON has no infinity
 
 
-def finite(number):
-    return number if math.isfinite(number) else None  # JSON has no other numbers
+def train(args, stop_signals):
+    """Train, fit the matrix, save. stop_signals: the signals received so far; see main."""
+    with Dist.start() as dist:
+        setup = read_setup(args, dist)
+        if is_finished(setup):
+            return dist.print0(f"{args.out}: holds the result of this run already")
+        cc, loaded = load_for_training(setup)
+        optimizer = torch.optim.AdamW([p for p in cc.parameters() if p.requires_grad], lr=args.lr, betas=BETAS,
+                                      weight_decay=WEIGHT_DECAY, fused=True)
+        checkpointer = Checkpointer(setup, cc, optimizer)
+        start = checkpointer.resume() if args.resume else 0
+        dist.barrier()  # every rank has read the folder; rank 0 may write now
+        log = Log(Path(args.out), start, dist)
+        dist.print0(f"{args.method} on {dist.world_size} x {dist.device.type}, "
+                    f"{str(setup.dtype).removeprefix('torch.')}: {len(setup.samples)} samples, template "
+                    f"{setup.tokenizer.template}, {len(setup.steps)} steps"
+                    + (f", resumed after step {start}" if start else ""))
+        train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals)
+        info = {"data": setup.data_digest, "template": setup.tokenizer.template, "method": args.method,
+                "source_layer": setup.config.source_layer, "fusion_layer": setup.config.fusion_layer,
+                "languages": sorted({s.lang for s in setup.samples if s.lang}), "arguments": vars(args)}
+        if args.method == "cc":
+            info["matrix"] = fit_matrix(setup, cc)
+            log.write(matrix=info["matrix"])
+            shown = " ".join("-" if r is None else f"{r:.2f}" for r in info["matrix"].get("r_squared", []))
+            dist.print0(f"matrix: fitted on {info['matrix']['prompts']} prompts, R^2 per layer on "
+                        f"{info['matrix']['held_out']} others {shown}")
+        if setup.eval_samples:
+            losses = validate(setup, cc, setup.connections)
+            log.write(eval_loss={name: finite_or_none(loss) for name, loss in losses.items()})
+            dist.print0("validation loss: " + ", ".join(f"{loss:.4f} {name}" for name, loss in losses.items()))
+        save_result(setup, cc, loaded.dtypes, info)
+        dist.print0(f"saved to {args.out}\nnext: python infer.py"
+                    + ("" if args.out == "out" else f" --model {args.out}")
+                    + (" --lang sw" if args.embedded else " --prompt ..."))
 
 
-def check(args, out, say):
-    """Refuse whatever the user gave that cannot work, before any work is done.
+def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
+    """The steps from `start` on: update, log, validate after each epoch, write checkpoints.
 
-    Returns configuration, tokenizer, samples, validation samples and a digest of the samples; None if `out` holds the
-    result of this run already.
+    When a signal has come, the step is finished, a checkpoint written, and the process exits.
     """
-    check_folder(out)
-    held = None  # what the model in `out` was made with; None also where it was being written when the run died
-    if holds_model(out) and not (out / "saving.tmp").exists():
-        held = Config.read(out).cctuning
-    before = (held or {}).get("arguments", {})
-    replaceable = args.overwrite or (args.embedded and before.get("embedded") is True)
-    if held is not None and not (replaceable or args.resume):
-        raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
-    if checkpoints(out / "checkpoints") and not (args.overwrite or args.resume):
-        raise UserError(f"{out}/checkpoints: a run was stopped; go on with --resume, or start anew with --overwrite")
-    unused = [name for name, default in CC_ONLY.items() if args.method == "sft" and getattr(args, name) != default]
-    if unused or (args.method == "sft" and args.epochs == 0):
-        raise UserError(f"--method sft: does nothing with --{(unused or ['epochs 0'])[0]}; leave one of the two out")
-    config = Config.read(args.model)
-    layers, max_length = config.num_hidden_layers, args.max_length or min(1024, config.max_length)
-    if max_length > config.max_length:
-        raise UserError(f"--max_length: {max_length} is more than {args.model} takes, {config.max_length}; lower it")
-    if args.source_layer not in (None, "decision_maker", "random", *range(layers)):
-        raise UserError(f"--source_layer: {args.source_layer} is none of decision_maker, random and 0 to {layers - 1}")
-    tokenizer = Tokenizer(args.model, config, args.template)
-    if tokenizer.notice:
-        say(tokenizer.notice)
-    samples, dropped = read_samples(args.data, tokenizer, max_length)
-    eval_samples, eval_dropped = read_samples(args.eval_data, tokenizer, max_length) if args.eval_data else ([], 0)
-    for file, kept, gone in ((args.data, samples, dropped), (args.eval_data, eval_samples, eval_dropped)):
-        if gone:
-            say(f"{file}: {gone} of {len(kept) + gone} samples dropped, their prompts leave no room for an answer in "
-                f"{max_length} tokens")
-        if cut := sum(s.ids[-1] != tokenizer.end_of_turn for s in kept):
-            say(f"{file}: {cut} answers cut at {max_length} tokens")
-    digest = hashlib.sha256()
-    for s in samples:
-        digest.update(repr(s).encode())
-    digest = digest.hexdigest()  # tells whether a resumed run has the same data
-    if args.resume and held is not None:
-        same = all(before.get(name) == value for name, value in vars(args).items() if name not in FREE)
-        if same and held.get("data") == digest:
-            return None
-        if not replaceable:
-            raise UserError(f"{out}: holds another run's model; give another --out, or --overwrite to replace it")
-    foreign = [s for s in samples if not s.is_english]
-    if args.method == "cc" and not foreign:
-        raise UserError(f"{args.data}: every instruction equals its instruction_en, the Transform Matrix needs other "
-                        "languages; add some, or give --method sft")
-    if args.per_language and not all(s.lang for s in foreign):
-        raise UserError(f'{args.data}: --per_language needs a "lang" in every sample; add it')
-    return config, tokenizer, samples, eval_samples, digest
+    args, dist, steps, skipped = setup.args, setup.dist, setup.steps, []
+    progress = tqdm(total=len(steps), initial=start, desc="train ",
+                    disable=None if dist.rank == 0 and steps else True)
+    for step in range(start, len(steps)):
+        (epoch, numbers), began = steps[step], time.perf_counter()
+        loss, norm = train_step(setup, cc, optimizer, step)
+        is_last, is_finite = step + 1 == len(steps), math.isfinite(loss) and math.isfinite(norm)
 
-
-def run(args, stopped):
-    """Check, train, fit, save.
-
-    After the step in which `stopped` is no longer empty, a checkpoint is written and the run ends; once all steps are
-    done, fit and saving are carried through.
-    """
-    workers = start_workers(args.dtype)
-    main_process = workers.rank == 0
-    say = print if main_process else lambda *_: None
-
-    out = Path(args.out)
-    checked = check(args, out, say)
-    if checked is None:
-        return say(f"{out}: holds the result of this run already")
-    config, tokenizer, samples, eval_samples, digest = checked
-    cc = load_cctuning(args.model, torch.float32, workers.device, args.seed,
-                       partial(shard, workers=workers) if workers.world > 1 else None)
-    if args.method == "cc" and args.epochs == 0 and not cc.trained:
-        raise UserError(f"{args.model}: has no Decision Maker that a matrix could serve; train it first (--epochs 1)")
-    cc.source_layer = cc.source_layer if args.source_layer is None else args.source_layer
-    if args.method == "sft" or cc.source_layer != "decision_maker":
-        cc.decision_maker.requires_grad_(False)
-    if args.checkpoint_activations:
-        for layer in cc.lm.model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    connections = ("english", "matrix", "none") if args.method == "cc" else ("none",)  # trained by the first
-
-    # Train, from the start or from where a run was stopped.
-    steps = [(epoch, s) for epoch in range(args.epochs) for s in plan(samples, args.batch_size, args.seed, epoch)]
-    parameters = [p for p in cc.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    note = {name: value for name, value in vars(args).items() if name not in FREE}
-    note |= {"dtype": str(workers.dtype), "data": f"{args.data} {digest}"}
-    start, resumable = 0, checkpoints(out / "checkpoints") if args.resume else []
-    if resumable:
-        start = load_run(resumable[-1], run_state(cc, optimizer), note, workers)
-    workers.barrier()  # all have looked: now the first may change something
-    log = open_log(out, start, resumable) if main_process else None
-
-    def record(**entry):
-        if log:
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-
-    say(f"{args.method} on {workers.world} x {workers.device.type}, {str(workers.dtype).removeprefix('torch.')}: "
-        f"{len(samples)} samples, template {tokenizer.template}, {len(steps)} steps"
-        + (f", resumed after step {start}" if start else ""))
-    skipped = skipped_in_all = 0  # steps: in a row, and together
-    progress = tqdm(total=len(steps), initial=start, desc="train ", disable=None if main_process and steps else True)
-    for step, (epoch, numbers) in list(enumerate(steps))[start:]:
-        began, lr = time.perf_counter(), learning_rate(step, len(steps), args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        chosen = [samples[i] for i in numbers]
-        targets = sum(len(s.ids) - s.prompt_length for s in chosen)  # in the whole step: no mean of means
-        total = torch.zeros(2, device=workers.device)  # loss, processes that were told to stop
-        for group, real in workers.deal(numbers, args.micro_batch):
-            batch = collate([samples[i] for i in group], tokenizer.connection_index)
-            batch = Batch(*(t.to(workers.device) for t in batch))
-            noise = gumbel_noise(args.seed, step, group, config.num_hidden_layers).to(workers.device)  # (B, L)
-            with workers.autocast():
-                loss = cc(batch, connections[0], noise, args.english_grad) * real
-            (loss * workers.world / targets).backward()  # sharded gradients are averaged over processes: undo that
-            total[0] += loss.detach()
-        total[1] = bool(stopped)
-        loss, stopping = workers.sum(total).tolist()
-        loss /= targets
-        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
-            skipped = 0
-        else:
-            skipped, skipped_in_all = skipped + 1, skipped_in_all + 1
-            say(f"step {step + 1} skipped: loss {loss}, gradient norm {norm}")
-        optimizer.zero_grad()
-        if skipped == MAX_SKIPPED:
-            raise UserError(f"{args.data}: no finite loss or gradient in {skipped} steps up to {step + 1}; lower --lr, "
-                            "or look for broken samples")
-
-        tokens = sum(len(s.ids) + (args.method == "cc") * len(s.english_ids) for s in chosen)
+        # log
+        rate = optimizer.param_groups[0]["lr"]
+        tokens = sum(len(setup.samples[i].ids) + (args.method == "cc") * len(setup.samples[i].english_ids)
+                     for i in numbers)
         speed = tokens / (time.perf_counter() - began)
-        record(step=step + 1, epoch=epoch, loss=finite(loss), lr=lr, grad_norm=finite(norm),
-               tokens_per_s=round(speed, 1), skipped=skipped > 0)
+        log.write(step=step + 1, epoch=epoch, loss=finite_or_none(loss), lr=rate,
+                  grad_norm=finite_or_none(norm), tokens_per_s=round(speed, 1), skipped=not is_finite)
         progress.update()
-        last, width = step + 1 == len(steps), len(str(len(steps)))
-        if main_process and (last or (step + 1) % args.log_every == 0):
-            progress.write(f"step {step + 1:>{width}}/{len(steps)}  loss {loss:7.4f}  lr {lr:8.2e}  grad {norm:8.3f}  "
-                           f"{speed:8.0f} tokens/s")
-        if eval_samples and not last and steps[step + 1][0] != epoch:  # after the last epoch: below
-            found = validation_loss(cc, eval_samples, tokenizer, workers, args.micro_batch, connections[0])
-            record(step=step + 1, epoch=epoch, eval_loss={connections[0]: finite(found)})
-            if main_process:
-                progress.write(f"epoch {epoch + 1}/{args.epochs}: validation loss {found:.4f} {connections[0]}")
-        save = args.save_every and not skipped and (last or (step + 1) % args.save_every == 0)
-        if stopping or save:  # after the last step too: fit and saving may be cut short
-            save_run(out / "checkpoints", step + 1, run_state(cc, optimizer), note, args.keep, workers)
-        if stopping:
+        if dist.rank == 0 and (is_last or (step + 1) % args.log_every == 0):
+            progress.write(f"step {step + 1:>{len(str(len(steps)))}}/{len(steps)}  loss {loss:7.4f}  "
+                           f"lr {rate:8.2e}  grad {norm:8.3f}  {speed:8.0f} tokens/s")
+        if not is_finite:
+            dist.print0(f"step {step + 1} skipped: loss {loss}, gradient norm {norm}")
+            skipped.append(step)
+            if skipped[-MAX_SKIPPED:] == list(range(step + 1 - MAX_SKIPPED, step + 1)):
+                raise UserError(f"{args.data}: no finite loss or gradient in {MAX_SKIPPED} steps up to "
+                                f"{step + 1}; lower --lr, or look for broken samples")
+
+        # validate; after the last epoch train() does
+        if setup.eval_samples and not is_last and steps[step + 1][0] != epoch:
+            losses = validate(setup, cc, setup.connections[:1])
+            log.write(step=step + 1, epoch=epoch,
+                      eval_loss={name: finite_or_none(loss) for name, loss in losses.items()})
+            if dist.rank == 0:
+                progress.write(f"epoch {epoch + 1}/{args.epochs}: validation loss "
+                               + ", ".join(f"{loss:.4f} {name}" for name, loss in losses.items()))
+
+        # save, after the last step too: fitting and saving may be interrupted
+        is_stopping = dist.sum(torch.tensor(float(len(stop_signals)), device=dist.device)) > 0
+        is_due = args.save_every and is_finite and (is_last or (step + 1) % args.save_every == 0)
+        if is_stopping or is_due:
+            checkpointer.save(step + 1)
+        if is_stopping:
             progress.close()
-            say(f"stopped after step {step + 1} of {len(steps)}, saved in {out}/checkpoints; the same command with "
-                "--resume goes on")
-            workers.barrier()
-            raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
+            dist.print0(f"stopped after step {step + 1} of {len(steps)}, saved in {args.out}/checkpoints; the "
+                        "same command with --resume continues")
+            raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
     progress.close()
-    if skipped_in_all:
-        say(f"{skipped_in_all} steps were skipped, their loss or gradient was not finite; look for broken samples")
+    if skipped:
+        dist.print0(f"{len(skipped)} steps were skipped, their loss or gradient was not finite; look for "
+                    "broken samples")
 
-    # Fit the Transform Matrix.
-    entry = {"data": digest, "template": tokenizer.template, "method": args.method, "source_layer": cc.source_layer,
-             "arguments": vars(args)}
-    extra = None
-    if args.method == "cc":
-        cc.matrices, entry["matrix"] = fit_matrices(cc, samples, tokenizer, workers, args)
-        entry["languages"] = sorted({s.lang for s in samples if s.lang})
-        matrices = {name: w.cpu() for name, w in cc.matrices.items()}
-        extra = cctuning_tensors(gathered(cc.decision_maker.weight), matrices)
-        shown = " ".join("-" if r is None else f"{r:.2f}" for r in entry["matrix"].get("r_squared", []))
-        say(f"matrix: fitted on {entry['matrix']['prompts']} prompts, R^2 per layer on {entry['matrix']['held_out']} "
-            f"others {shown}")
-        record(matrix=entry["matrix"])
-    if eval_samples:
-        found = {c: validation_loss(cc, eval_samples, tokenizer, workers, args.micro_batch, c) for c in connections}
-        record(eval_loss={name: finite(value) for name, value in found.items()})
-        say("validation loss: " + ", ".join(f"{value:.4f} {name}" for name, value in found.items()))
 
-    # Save. Every process gathers the weights, the first one writes them.
-    tensors = ((name, gathered(p).to(cc.lm.stored[name])) for name, p in cc.lm.named_parameters())
-    if main_process:
-        try:
-            save_checkpoint(out, args.model, tensors, entry, extra, int(1e9 * args.max_shard_size))
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(out / "saving.tmp", ignore_errors=True)
-            raise UserError(f"{out}: cannot be written ({last_line(error)}); make room, then run again"
-                            + (" with --resume" if args.save_every else "")) from None
-        log.close()
-    else:
-        for _ in tensors:
-            pass
-    say(f"saved to {out}\nnext: python infer.py" + ("" if args.out == "out" else f" --model {out}")
-        + (" --lang sw" if args.embedded else " --prompt ..."))
-    workers.barrier()
-    if workers.world > 1:
-        dist.destroy_process_group()
+def save_result(setup, cc, dtypes, info):
+    """Write the checkpoint folder. Every process gathers the weights, rank 0 writes them."""
+    args, out = setup.args, Path(setup.args.out)
+    extra = {name: full_tensor(p) for name, p in cc.named_parameters() if name.startswith("decision_maker.")}
+    extra = {**extra, "transform_matrix": cc.transform_matrix.weight.cpu()} if args.method == "cc" else None
+    tensors = ((name, full_tensor(p).to(dtypes[name])) for name, p in cc.lm.named_parameters())
+    if setup.dist.rank > 0:
+        return list(map(len, tensors))  # take part in the gathering
+    try:
+        save_checkpoint(out, args.model, tensors, info, extra, int(1e9 * args.max_shard_size))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(out / "saving.tmp", ignore_errors=True)
+        raise UserError(f"{out}: cannot be written ({last_line(error)}); make room, then run again"
+                        + (" with --resume" if args.save_every else "")) from None
 
 
 def main():
@@ -667,19 +748,21 @@ def main():
         for what, size in [*sizes.items(), ("together, activations come on top", sum(sizes.values()))]:
             print(f"{size / 1e9:8.2f} GB  {what}")
         return
-    stopped, default = [], {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    # On SIGTERM or SIGINT: finish the step, save, exit. A second signal ends the run at once.
+    default = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    stop_signals = []
 
     def stop(number, frame):
-        stopped.append(number)
-        signal.signal(number, default[number])  # a second one ends the run at once
+        stop_signals.append(number)
+        signal.signal(number, default[number])
 
     before = {number: signal.signal(number, stop) for number in default}
     try:
-        run(args, stopped)
+        train(args, stop_signals)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 if __name__ == "__main__":
-    run_script(main, speak=os.environ.get("LOCAL_RANK", "0") == "0")
+    run_script(main, is_main_process=os.environ.get("LOCAL_RANK", "0") == "0")
