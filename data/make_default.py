@@ -176,7 +176,7 @@ def pretrain(folder, text):
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm
-    from model import Config, LanguageModel, Tokenizer, pad, save_checkpoint
+    from model import Config, Tokenizer, Transformer, pad, save_checkpoint
 
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, text)
@@ -194,7 +194,7 @@ def pretrain(folder, text):
     rows = [encode(line) for lines in text.values() for line in lines]
 
     torch.manual_seed(0)
-    lm = LanguageModel(config)
+    lm = Transformer(config)
     for name, p in lm.named_parameters():
         if p.dim() == 2:  # what writes to the residual stream starts smaller (GPT-2)
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -204,7 +204,7 @@ def pretrain(folder, text):
     rng, batches = random.Random(0), []
     with tqdm(total=STEPS, desc="base model") as progress:
         for step in range(STEPS):
-            if not batches:  # an epoch: rows of like length together, as many as make a step
+            if not batches:  # an epoch: rows of similar length together, as many as make a step
                 rng.shuffle(rows)
                 batch = []
                 for row in sorted(rows, key=lambda row: len(row) + rng.random()):
@@ -218,7 +218,7 @@ def pretrain(folder, text):
             cosine = 0.5 + 0.5 * math.cos(math.pi * step / STEPS)
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / 200, cosine)
             targets = ids[:, 1:].masked_fill(torch.arange(1, ids.shape[1]) >= lengths[:, None], -100)
-            loss = F.cross_entropy(lm.logits(lm(ids)[0][:, :-1]).flatten(0, 1), targets.flatten())
+            loss = F.cross_entropy(lm.logits(lm(lm.embed(ids)).hidden[:, :-1]).flatten(0, 1), targets.flatten())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
             optimizer.step()
