@@ -1,7 +1,7 @@
-"""The method once more, as plainly as it can be written: one prompt at a time, no batch, no padding, no cache.
+"""The method once more, as plainly as possible: one prompt at a time, no batch, no padding, no cache.
 
-It shares no code with the project. Tests compare what the scripts write with what is computed here. Shapes are those of
-cctuning.py without the batch: T tokens, d hidden size, L layers, V vocabulary.
+It shares no code with the project. Tests compare what the scripts write with what is computed here.
+Shapes are those of cctuning.py without the batch: T tokens, d hidden size, L layers, V vocabulary.
 """
 import json
 from pathlib import Path
@@ -16,19 +16,21 @@ IGNORED = -100
 
 
 class Reference:
-    """A checkpoint folder's decoder (default RoPE), with the Decision Maker and the Transform Matrix, if any, beside it.
+    """A checkpoint folder's decoder (default RoPE), with the Decision Maker and the Transform Matrix, if
+    any, beside it.
 
     tensors: {Hugging Face name: float32 tensor that gathers gradients}.
     """
 
     def __init__(self, folder):
         self.config = json.loads((Path(folder) / "config.json").read_text())
-        files = [path for path in Path(folder).glob("*.safetensors")]
+        files = list(Path(folder).glob("*.safetensors"))
         self.tensors = {name: tensor.float().requires_grad_() for path in files
                         for name, tensor in load_file(path).items()}
 
     def forward(self, ids, vector=None, position=None):
-        """Logits (T, V) and FFN activations (L, T, d) of a list of ids; vector (d,) is added in layer 0 at position."""
+        """Logits (T, V) and FFN activations (L, T, d) of a list of ids; vector (d,) is added in layer 0
+        at position."""
         c, w = self.config, self.tensors
         heads, kv = c["num_attention_heads"], c["num_key_value_heads"]
         size, count = c.get("head_dim") or c["hidden_size"] // heads, len(ids)
@@ -73,12 +75,14 @@ class Reference:
         return self.forward(prompt)[1][:, len(prompt) + index]
 
     def scores(self, activations, token):
-        """The Decision Maker's (L,) for H (L, d) and the id of the own-language token at the connection position."""
+        """The Decision Maker's (L,) for H (L, d) and the id of the own-language token at the connection
+        position."""
         mean = (activations + self.tensors["model.embed_tokens.weight"][token]).mean(0)
         return self.tensors["decision_maker.weight"] @ mean
 
     def loss(self, prompt, answer, vector=None, index=-1):
-        """Cross-entropy summed over an answer's ids; vector (d,) is fused at the prompt's connection position."""
+        """Cross-entropy summed over an answer's ids; vector (d,) is fused at the prompt's connection
+        position."""
         logits, _ = self.forward(prompt + answer, vector, len(prompt) + index)
         return F.cross_entropy(logits[len(prompt) - 1:-1], torch.tensor(answer), reduction="sum")
 
@@ -94,7 +98,8 @@ class Reference:
 
     @torch.no_grad()
     def vector(self, prompt, index=-1, english=None):
-        """What is fused at inference: of the prompt's own activations through the matrix, or of its English version's."""
+        """What is fused at inference: of the prompt's own activations through the matrix, or of its
+        English version's."""
         if english is None:
             activations = self.activations(prompt, index) @ self.tensors["transform_matrix"]
         else:
@@ -103,7 +108,8 @@ class Reference:
 
     @torch.no_grad()
     def answer(self, prompt, count, stop, vector=None, index=-1):
-        """Up to `count` greedy ids after a prompt, each by a full pass; a stop id ends the answer and is not in it."""
+        """Up to `count` greedy ids after a prompt, each by a full pass; a stop id ends the answer and is
+        not in it."""
         ids = list(prompt)
         while len(ids) - len(prompt) < count:
             token = int(self.forward(ids, vector, len(prompt) + index)[0][-1].argmax())
@@ -115,11 +121,13 @@ class Reference:
 
 def gumbel(seed, step, sample, layers):
     """The Gumbel noise (L,) of a sample in a step of training, as train.py documents it."""
-    return torch.tensor(np.random.default_rng((seed, step, sample)).gumbel(size=layers), dtype=torch.float32)
+    noise = np.random.default_rng((seed, step, sample)).gumbel(size=layers)
+    return torch.tensor(noise, dtype=torch.float32)
 
 
 def prompt_ids(folder, text, template="plain"):
-    """(ids, connection position counted from their end, end of turn) of a prompt, for a SentencePiece checkpoint."""
+    """(ids, connection position counted from their end, end of turn) of a prompt, for a SentencePiece
+    checkpoint."""
     sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(folder) / "tokenizer.model"))
     one = sp.piece_to_id
     if template == "llama3":
@@ -135,3 +143,9 @@ def prompt_ids(folder, text, template="plain"):
     if template == "mistral":
         return [sp.bos_id(), one("[INST]"), *sp.encode(text + " "), one("[/INST]")], -2, sp.eos_id()
     return [sp.bos_id(), *sp.encode(text + "\n")], -1, sp.eos_id()
+
+
+def answer_ids(folder, text, template="plain"):
+    """Ids of an answer, end of turn included, for a SentencePiece checkpoint."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(folder) / "tokenizer.model"))
+    return [*sp.encode(text), prompt_ids(folder, "", template)[2]]
