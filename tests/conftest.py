@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from model import TEMPLATES, Config, LanguageModel, run_script
 
@@ -235,6 +237,25 @@ def reading():
         yield calls
     finally:
         handle.remove()
+
+
+@pytest.fixture
+def stop_at():
+    """stop_at(step, signal): it comes as AdamW is about to take this step, the first being 1. The step is counted from
+    the call; a signal that has come does not come again."""
+    hooks = []
+
+    def arrange(step, number=signal.SIGTERM):
+        taken = []
+
+        def act(*_):
+            taken.append(step)
+            if len(taken) == step:
+                signal.raise_signal(number)
+        hooks.append(register_optimizer_step_pre_hook(act))
+    yield arrange
+    for hook in hooks:
+        hook.remove()
 
 
 JOIN_ONCE = f"""
