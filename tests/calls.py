@@ -4,8 +4,11 @@ their files.
 Shapes are those of cctuning.py: B prompts, T tokens, L layers, d hidden size, V vocabulary. Prompts are
 right-padded.
 """
+import math
+
 import torch
 
+import model
 from cctuning import Batch, CCTuning, MatrixSums
 from cctuning import r_squared as layer_r_squared
 from model import load_model, new_cache
@@ -85,3 +88,17 @@ def fit(x, y, ridge=0.0, batch=7):
 def r_squared(matrix, x, y):
     """Per layer (L,)."""
     return layer_r_squared(matrix, x, y)
+
+
+@torch.no_grad()
+def read_rows(folder, world, rank):
+    """{name: the rows that this one of several processes reads} of every parameter."""
+    lm, parts = model.empty_model(folder), {}
+
+    def local(parameter):
+        size = math.ceil(len(parameter) / world)
+        rows = slice(rank * size, min((rank + 1) * size, len(parameter)))
+        parts[parameter] = torch.empty(rows.stop - rows.start, *parameter.shape[1:])
+        return parts[parameter], rows
+    model.load_weights(lm, folder, torch.float32, local=local)
+    return {name: parts[parameter] for name, parameter in lm.named_parameters()}

@@ -119,6 +119,17 @@ class Reference:
         return ids[len(prompt):]
 
 
+@torch.no_grad()
+def falls_short(reference, prompt, answer, vector=None, index=-1):
+    """By how much an answer's ids miss the largest logits at most: 0 where they are the greedy ones.
+
+    Equality would fail where two logits are as good as equal.
+    """
+    logits, _ = reference.forward(prompt + answer[:-1], vector, len(prompt) + index)
+    logits = logits[len(prompt) - 1:]  # (tokens of the answer, V)
+    return (logits.max(-1).values - logits[torch.arange(len(answer)), answer]).max()
+
+
 def gumbel(seed, step, sample, layers):
     """The Gumbel noise (L,) of a sample in a step of training, as train.py documents it."""
     noise = np.random.default_rng((seed, step, sample)).gumbel(size=layers)

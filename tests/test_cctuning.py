@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import calls
 from conftest import CONFIG, PAIRS, json_lines, losses, tensors, training, write_checkpoint, write_data
 from hookpeer import HookedCCTuning
-from reference import IGNORED, Reference, answer_ids, gumbel, prompt_ids
+from reference import IGNORED, Reference, answer_ids, falls_short, gumbel, prompt_ids
 
 PROMPTS = [[1, 5, 9, 30, 200, 7], [1, 400, 3, 3], [1, 8, 8, 8, 90, 17, 300, 12, 44]]
 ENGLISH = [[1, 33, 34, 35, 36], [1, 77, 78, 79], [1, 91, 92, 93, 94, 95, 96]]
@@ -174,7 +174,7 @@ def test_answering_equals_full_passes(connected, index, connection):
             vector = reference.vector(prompt, index, english if connection == "english" else None)
         logits, _ = reference.forward(prompt, vector, len(prompt) + index)
         assert (first[i] - logits[-1]).abs().max() < 1e-3
-        assert found[i].tolist() == reference.answer(prompt, 6, set(), vector, index)
+        assert falls_short(reference, prompt, found[i].tolist(), vector, index) < 1e-3
     if connection != "none":
         assert len(set(scores.argmax(-1).tolist())) > 1  # else the choice would not be tested
 
