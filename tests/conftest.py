@@ -305,6 +305,12 @@ def json_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def text_of(folder, ids):
+    """The text of ids of a SentencePiece checkpoint, without control tokens and ids that are no piece."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return sp.decode([i for i in ids if i < sp.get_piece_size() and not sp.is_control(i)])
+
+
 def results_of(folder):
     """The scores that eval.py wrote, of each column, task and language."""
     return json.loads((folder / "results.json").read_text())["results"]

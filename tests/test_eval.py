@@ -1,13 +1,17 @@
-"""Scoring: the benchmark layout, the choice that an answer names, what is written."""
+"""Scoring: what an answer names and is worth, and what eval.py makes of answers that are known beforehand."""
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from conftest import ROOT, json_lines, results_of, write_benchmark, write_checkpoint
-from eval import Cell, averages, choice, compare, open_scores, read_task, rouge_l, shorten, summary_tokens, table
-from infer import LANGUAGES
-from model import Config, Tokenizer
+import infer  # noqa: F401 (both stay imported, whatever the test of defaults does)
+from conftest import PAIRS, json_lines, text_of, write_checkpoint, write_connection, write_parrot
+from eval import choice, open_scores, rouge_l
+from reference import Reference, prompt_ids
+
+LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # the paper's
 
 XNLI = {"1": "Entail", "2": "Neutral", "3": "Contradict"}
 STORY = {"1": "She went home.", "2": "She stayed at the office."}
@@ -141,102 +145,330 @@ SENTENCES = {
 }
 
 
-@pytest.mark.parametrize("lang", LANGUAGES)
-def test_rouge_in_every_language(lang):
+def test_rouge_in_every_language():
     """Catches a script that falls apart or away in tokenisation: the same text scores 1, half of it between 0 and 1,
     another language's 0."""
-    text = SENTENCES[lang]
-    assert rouge_l(text, text) == 1 and 0 < rouge_l(text[:len(text) // 2], text) < 1
-    assert rouge_l(text, SENTENCES["te" if lang != "te" else "th"]) == 0
+    assert SENTENCES.keys() == set(LANGUAGES)
+    for lang, text in SENTENCES.items():
+        other = SENTENCES["te" if lang != "te" else "th"]
+        assert rouge_l(text, text) == 1 and 0 < rouge_l(text[:len(text) // 2], text) < 1, lang
+        assert rouge_l(text, other) == 0, lang
 
 
-def test_rouge_by_hand():
-    """Catches a subsequence taken for a substring, and marks cut off their letters."""
-    assert rouge_l("a x b y c", "a b c") == pytest.approx(2 * 3 / 8)
-    assert rouge_l("首都は東京", "東京は首都") == pytest.approx(2 * 2 / 10)
-    assert summary_tokens("केन्या की राजधानी!") == ["केन्या", "की", "राजधानी"]
+@pytest.mark.parametrize("answer, gold, score", [
+    ("a x b y c", "a b c", 2 * 3 / (5 + 3)),                     # a b c
+    ("A, x-b!", "a b c", 2 * 2 / (3 + 3)),                       # a b, of a x b
+    ("c b a", "a b c", 2 * 1 / (3 + 3)),                         # any one
+    ("首都は東京", "東京は首都", 2 * 2 / (5 + 5)),                   # two characters
+    ("Mji mkuu", "", 0), ("", "Mji mkuu", 0), ("...", "...", 0),
+    ("केन्या की राजधानी!", "राजधानी", 2 * 1 / (3 + 1)),                # marks belong to their letters
+    ("१२ ٣", "12 3", 1),
+])
+def test_rouge_by_hand(answer, gold, score):
+    """Catches a subsequence taken for a substring or a set, marks cut off their letters, case and digits that differ,
+    and recall or precision in place of F1."""
+    assert rouge_l(answer, gold) == pytest.approx(score)
 
 
-def test_layout(tmp_path):
-    """Catches prompts paired with another line's gold answer or another line's English version."""
-    items = read_task(write_benchmark(tmp_path), "XNLI", "sw", 4)
-    assert [i[:3] for i in items] == [(f"sw question {n}?", f"en question {n}?", [str(n % 3 + 1)]) for n in range(4)]
-    own_english = tmp_path / "XNLI" / "split_sample_en"
-    own_english.mkdir()
-    (own_english / "sw.json").write_text("\n".join(json.dumps({"instruction": f"translated {n}"}) for n in range(5)))
-    assert [i[1] for i in read_task(tmp_path, "XNLI", "sw", None)] == [f"translated {n}" for n in range(5)]
+# ------------------------------------------------------------------------------------------- eval.py on known answers
+
+def write_task(folder, task, lang, items, sample="_sample", english=None):
+    """A task's prompts and gold answers in a language; items: [(prompt, gold)]; english: those of split_en."""
+    kinds = {"split": [{"instruction": prompt} for prompt, _ in items], "ans": [gold for _, gold in items]}
+    for kind, lines in kinds.items():
+        path = folder / task / (kind + sample) / f"{lang}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    if english:
+        path = folder / task / f"split{sample}_en" / f"{lang}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(json.dumps({"instruction": text}) for text in english))
 
 
-def test_shorten(checkpoint):
-    """Catches a prompt cut at its end, where the question stands, and one cut further than it must be."""
-    tokenizer = Tokenizer(checkpoint(), Config.read(checkpoint()))
+@pytest.fixture
+def score(run, tmp_path, monkeypatch):
+    """score(models, data, *options): (results.json, what is printed, {column: {task/lang: answers}}), run in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(models, data, *options):
+        code, out, err = run("eval", "--model", *models, "--data", data, "--out", tmp_path / "scores", *options)
+        assert code == 0, err
+        written = {folder.name: {str(path.relative_to(folder)): json_lines(path) for path in folder.rglob("*.jsonl")}
+                   for folder in (tmp_path / "scores" / "answers").iterdir()}
+        return json.loads((tmp_path / "scores" / "results.json").read_text()), out, written
+    return call
+
+
+def summary(everything, task, lang):
+    """The summaries of each column."""
+    return [s for s in everything["summaries"] if (s["task"], s["lang"]) == (task, lang)]
+
+
+PROMPTS = [  # in the form of the benchmarks, (task, language, prompt, what is answered, the option that this names)
+    ("XNLI", "en", "Premise: A child sleeps.\nHypothesis: A child is awake.\n\nWhat do you think is the relationship "
+     "between the premise and the hypothesis?\n\n(1) Entail \n(2) Neutral\n(3) Contradict\n\nYour answer would be:",
+     "Entail", "1"),
+    ("XNLI", "sw", "Nguzo: Mtoto amelala (1) kitandani.\nNadharia: Yuko macho.\n\nUnafikiri kuna uhusiano gani?\n\n"
+     "(1) Inajumuisha\n(2) Kuegemea upande wowote\n(3) Kupingana\n\nJibu lako litakuwa:",
+     "Nadhani ni kuegemea upande wowote", "2"),
+    ("XNLI", "tr", "Öncül: Çocuk uyuyor.\nHipotez: Çocuk uyanık.\n\nİlişki nedir?\n\n(1) Gerektirme\n(2) Nötr \n"
+     "(3) Çelişki\n\nCevabınız:", "Upande", None),
+    ("XNLI", "zh", "前提：孩子在睡觉。\n假设：孩子醒着。\n\n它们之间的关系是什么？\n\n(1) 蕴涵\n(2) 中立\n(3) 矛盾\n\n你的答案是：",
+     "矛盾", "3"),
+    ("XStoryCloze", "en", "Ann lost her key.She called a friend.\n(1) Ann waited at home.\n(2) Ann waited at the door.\n\n"
+     "Which of the two options is more likely?\nYour answer:", "Ann waited at the door.", "2"),
+    ("XStoryCloze", "eu", "Anek giltza galdu zuen.\n(1) Ane etxean geratu zen.\n(2) Ane kalean geratu zen.\n\n"
+     "Zure erantzuna:", "Ane etxean geratu zen", "1"),
+    ("XStoryCloze", "hi", "अनु की चाबी खो गई।\n(1) अनु घर गई।\n(2) अनु दरवाज़े पर रुकी।\n\nआपका उत्तर:",
+     "अनु दरवाज़े पर रुकी।", "2"),
+    ("MMMLU", "en", "Please answer the following multiple choice question.\n\nWhich number is even?\n(A) 1\n(B) 4\n"
+     "(C) 4 or more\n(D) 7\n\nYour answer would be:", "4", "B"),
+    ("MMMLU", "pt", "Responda.\n\nQual destas?\n(A) Uma cor\n(B) Uma cor clara\n(C) Um som\n(D) Nada\n\n"
+     "Sua resposta:", "uma cor clara", "B"),
+    ("MMMLU", "ko", "다음 질문에 답하세요.\n\n(A) 위와 같은 줄은?\n(A) 사과\n(B) 배 \n(C) 감\n(D) 귤\n\n답:", "사과", "A"),
+]
+
+
+def test_options_of_real_prompts(score, tmp_path):
+    """Catches options that are not found in a prompt, whose text is cut or keeps its line's last space, or that are
+    taken from the question; and a choice that does not decide on the score."""
+    says = {(task, prompt.splitlines()[-1]): text for task, _, prompt, text, _ in PROMPTS}
+    for task in ("XNLI", "XStoryCloze", "MMMLU"):
+        for _, lang, prompt, _, named in (row for row in PROMPTS if row[0] == task):
+            write_task(tmp_path / "bench", task, lang, [(prompt, named or "1"), (prompt, "ABCD"[3] if task == "MMMLU"
+                                                                                 else "12"[named == "1"])])
+        write_parrot(tmp_path / "model", {end: text for (t, end), text in says.items() if t == task},
+                     max_position_embeddings=2048)
+        everything, out, answers = score(["model"], "bench", "--tasks", task)
+        rows = {row["lang"]: row for row in everything["results"]}
+        for _, lang, _, text, named in (row for row in PROMPTS if row[0] == task):
+            written = answers["model"][f"{task}/{lang}.jsonl"]
+            assert [(a["answer"], a["choice"]) for a in written] == [(text, named)] * 2, lang
+            assert rows[lang]["scores"] == {"accuracy": 0.5 if named else 0}
+            assert rows[lang]["unparsed"] == (0 if named else 2)
+        assert ("model: 2 answers named no option, or several, and count as wrong" in out) == (task == "XNLI")
+
+
+def test_scores_of_each_task(score, tmp_path):
+    """Catches a task scored by another's metric, a gold scored against itself, the worst of several golds, articles of
+    another language, and a score that is not the mean over items."""
+    says = {"Mwaka?": "It was in 1999", "Jiji?": "the town", "Habari?": "Watu wawili walikufa jana", "Nyingine?": "sijui"}
+    write_parrot(tmp_path / "model", says)
+    year, town = ("Mwaka?", ["2000", "1999"]), ("Jiji?", "a town")
+    for task in ("XQuAD", "MKQA", "Other"):
+        write_task(tmp_path / "bench", task, "en", [year, town, ("Nyingine?", "hakuna"), ("Nyingine?", "kitu")])
+    write_task(tmp_path / "bench", "XQuAD", "sw", [town] * 4)  # Swahili has no such articles
+    write_task(tmp_path / "bench", "XLSum", "sw", [("Habari?", ["Mvua", "Watu walikufa"]), ("Nyingine?", "Mvua")])
+    everything, out, _ = score(["model"], "bench")
+    found = {(row["task"], row["lang"]): row["scores"] for row in everything["results"]}
+    open_answer = {"contained": 2 / 4, "exact": 1 / 4, "f1": (2 / 5 + 1) / 4}
+    assert found == {
+        **{(task, "en"): pytest.approx(open_answer) for task in ("XQuAD", "MKQA", "Other")},
+        ("XQuAD", "sw"): {"contained": 0, "exact": 0, "f1": 1 / 2},
+        ("XLSum", "sw"): {"rouge_l": pytest.approx((2 * 2 / (4 + 2) + 0) / 2)}}
+    for line in ("| XQuAD | en | 50.0 (", "| MKQA | en | 50.0 (", "| Other | en | 25.0 (", "| XLSum | sw | 33.3 (",
+                 "| XQuAD | exact | 12.5 |", "| MKQA | f1 | 35.0 |", "| Other | contained | 50.0 |"):
+        assert line in out, line
+    assert all(row["unparsed"] == 0 for row in everything["results"]) and "named no option" not in out
+
+
+# "a" and "c" answer 1, "b" answers 2. Right is 1 in XNLI in English, 2 in Swahili; 2 in facts in Hindi, both in Swahili.
+TABLE = """\
+| task | language | a | b | c |
+|---|---|---|---|---|
+| XNLI | en | 100.0 (100.0-100.0) | 0.0 (0.0-0.0) | 100.0 (100.0-100.0) |
+| XNLI | sw | 0.0 (0.0-0.0) | 100.0 (100.0-100.0) | 0.0 (0.0-0.0) |
+| XNLI | mean | 50.0 (50.0-50.0) | 50.0 (50.0-50.0) | 50.0 (50.0-50.0) |
+| XNLI | mean without en | 0.0 (0.0-0.0) | 100.0 (100.0-100.0) | 0.0 (0.0-0.0) |
+| facts | hi | 0.0 (0.0-0.0) | 100.0 (100.0-100.0) | 0.0 (0.0-0.0) |
+| facts | sw | 100.0 (100.0-100.0) | 100.0 (100.0-100.0) | 100.0 (100.0-100.0) |
+| facts | mean | 50.0 (50.0-50.0) | 100.0 (100.0-100.0) | 50.0 (50.0-50.0) |
+| all | sw | 50.0 (50.0-50.0) | 100.0 (100.0-100.0) | 50.0 (50.0-50.0) |
+| all | mean | 50.0 (50.0-50.0) | 75.0 (75.0-75.0) | 50.0 (50.0-50.0) |
+| all | mean without en | 25.0 (25.0-25.0) | 100.0 (100.0-100.0) | 25.0 (25.0-25.0) |
+
+| task | language | against a | difference | p |
+|---|---|---|---|---|
+| XNLI | mean | b | +0.0 | 1.0000 |
+| XNLI | mean | c | +0.0 | 1.0000 |
+| XNLI | mean without en | b | +100.0 | 0.0001 |
+| XNLI | mean without en | c | +0.0 | 1.0000 |
+| facts | mean | b | +50.0 | 0.0001 |
+| facts | mean | c | +0.0 | 1.0000 |
+| all | mean | b | +25.0 | 0.0001 |
+| all | mean | c | +0.0 | 1.0000 |
+| all | mean without en | b | +75.0 | 0.0001 |
+| all | mean without en | c | +0.0 | 1.0000 |
+
+| task | mean of | a | b | c |
+|---|---|---|---|---|
+| facts | contained | 50.0 | 100.0 | 50.0 |
+| facts | f1 | 50.0 | 100.0 | 50.0 |
+"""
+
+
+def test_table(score, tmp_path):
+    """Catches a column under another model, a comparison with another than the first, a difference with the wrong sign,
+    a mean over items where it should be over languages, English that counts as another language, a row too many."""
+    for name, says in (("a", "1"), ("b", "2"), ("c", "1")):
+        write_parrot(tmp_path / name, {"?": says})
+    for task, lang, gold, count in (("XNLI", "en", "1", 40), ("XNLI", "sw", "2", 40), ("facts", "hi", "2", 40),
+                                    ("facts", "sw", ["1", "2"], 80)):
+        write_task(tmp_path / "bench", task, lang, [("Gani?", gold)] * count)
+    everything, out, answers = score(["a", "b", "c"], "bench", "--batch_size=80", "--max_new_tokens=2")
+    assert (tmp_path / "scores" / "results.md").read_text() == TABLE and TABLE.strip() in out
+    assert {name: found["XNLI/sw.jsonl"][0]["answer"] for name, found in answers.items()} == {"a": "1", "b": "2", "c": "1"}
+    columns = [(row["column"], row["model"], row["connection"], row["task"], row["lang"], row["items"])
+               for row in everything["results"]]
+    assert columns == [(name, name, "none", task, lang, count) for name in "abc" for task, lang, count in (
+        ("XNLI", "en", 40), ("XNLI", "sw", 40), ("facts", "hi", 40), ("facts", "sw", 80))]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, run):
+    """(results.json, results.md) of two models, of which the first says 1 and the second 2 whatever is asked."""
+    folder = tmp_path_factory.mktemp("compared")
+    for name in ("1", "2"):
+        write_parrot(folder / name, {"?": name})
+    first, second, both, neither = (("Gani?", gold) for gold in ("1", "2", ["1", "2"], "3"))
+    for lang in ("hi", "sw"):
+        write_task(folder, "XNLI", lang, [first] * 50 + [neither] * 150)
+    for task, items in (("ten", [first] * 10 + [neither] * 30), ("few", [both] * 8 + [second] * 2),
+                        ("swapped", [first] * 6 + [second] * 6 + [both] * 8)):
+        write_task(folder, task, "sw", items)
+    code, _, err = run("eval", "--model", folder / "1", folder / "2", "--data", folder, "--out", folder / "scores",
+                       "--batch_size=200", "--max_new_tokens=2")
+    assert code == 0, err
+    return json.loads((folder / "scores" / "results.json").read_text()), (folder / "scores" / "results.md").read_text()
+
+
+def test_intervals(compared):
+    """Catches an interval of another width than 95 %, or upside down, and one of a mean that is too narrow: the
+    questions are the same in every language."""
+    everything, table = compared
+    of_sw, _ = summary(everything, "XNLI", "sw")
+    spread = 1.96 * (0.25 * 0.75 / 200) ** 0.5
+    assert of_sw["score"] == 0.25 and of_sw["interval"] == pytest.approx([0.25 - spread, 0.25 + spread], abs=0.006)
+    assert summary(everything, "XNLI", "mean")[0]["interval"] == pytest.approx(of_sw["interval"])
+    low, high = (100 * x for x in of_sw["interval"])
+    assert f"| XNLI | sw | 25.0 ({low:.1f}-{high:.1f}) | 0.0 (0.0-0.0) |" in table
+
+
+@pytest.mark.parametrize("task, difference, p, error", [
+    ("XNLI", -0.25, 1e-4, 1e-5),     # 50 items differ, all in one direction: none of 10,000 permutations does as much
+    ("ten", -0.25, 2 / 2 ** 10, 0.001),  # so do ten
+    ("few", 0.2, 2 / 2 ** 2, 0.02),
+    ("swapped", 0, 1, 0),            # six in each direction
+])
+def test_p_values(compared, task, difference, p, error):
+    """Catches a test that is not paired, not two-sided, or of another number of permutations, and a wrong sign."""
+    first, second = summary(compared[0], task, "sw")
+    assert (first["difference"], first["p"]) == (0, 1)
+    assert second["difference"] == pytest.approx(difference) and second["p"] == pytest.approx(p, abs=error)
+    assert summary(compared[0], task, "mean")[1]["p"] == pytest.approx(second["p"])
+
+
+def test_which_items(score, tmp_path):
+    """Catches a sample preferred to the whole benchmark, prompts with another line's gold, and --tasks, --langs or
+    --limit ignored or taken from the end."""
+    write_parrot(tmp_path / "model", {"moja?": "1", "mbili?": "2"})
+    for task in ("XNLI", "facts"):
+        for lang in ("hi", "sw", "zh"):
+            write_task(tmp_path / "bench", task, lang, [("Sampuli, moja?", "2")])
+            write_task(tmp_path / "bench", task, lang, [("moja?", "1"), ("mbili?", "2"), ("moja?", "3")], sample="")
+    everything, _, _ = score(["model"], "bench")
+    assert [(row["task"], row["lang"]) for row in everything["results"]] == [
+        (task, lang) for task in ("XNLI", "facts") for lang in ("hi", "sw", "zh")]
+    assert all(row["items"] == 3 and 2 / 3 in row["scores"].values() for row in everything["results"])
+    everything, _, answers = score(["model"], "bench", "--tasks=XNLI", "--langs=zh,sw", "--limit=2")
+    assert [(row["task"], row["lang"], row["items"], row["scores"]) for row in everything["results"]] == [
+        ("XNLI", lang, 2, {"accuracy": 1}) for lang in ("zh", "sw")]
+    assert [(a["instruction"], a["gold"], a["scores"]) for a in answers["model"]["XNLI/sw.jsonl"]] == [
+        ("moja?", ["1"], {"accuracy": 1}), ("mbili?", ["2"], {"accuracy": 1})]
+
+
+@torch.no_grad()
+def test_connections_side_by_side(score, tmp_path):
+    """Catches a column with another connection's answers, an English version of another line or from another file, and a
+    plain checkpoint that is asked what only a tuned one can."""
+    tuned = write_connection(write_checkpoint(tmp_path / "tuned", "chatml", seed=4))
+    write_checkpoint(tmp_path / "plain", "chatml", seed=4)
+    for task, sample in (("XQuAD", ""), ("XLSum", "_sample")):
+        items = {"sw": [(own, "Nairobi") for own, *_ in PAIRS[:3]], "en": [(text, "x") for _, text, *_ in PAIRS[:3]]}
+        items["en"][0] = ("What is a capital?", "x")
+        for lang, found in items.items():
+            english = [f"{i} What is it?" for i in range(3)] if task == "XLSum" else None
+            write_task(tmp_path / "bench", task, lang, found, sample, english)
+    options = ("--langs=sw", "--max_new_tokens=6", "--connection", "matrix", "english", "none")
+    everything, out, answers = score(["tuned", "plain"], "bench", *options)
+    columns = [(row["column"], row["connection"]) for row in everything["results"] if row["task"] == "XQuAD"]
+    assert columns == [(f"tuned, {c}", c) for c in ("matrix", "english", "none")] + [("plain, none", "none")]
+    reference = Reference(tuned)
+    for task, versions in (("XQuAD", [text for text, _ in items["en"]]), ("XLSum", english)):
+        for i, (own, english_text) in enumerate(zip([own for own, *_ in PAIRS[:3]], versions, strict=True)):
+            ids, index, turn = prompt_ids(tuned, own, "chatml")
+            vectors = {"matrix": reference.vector(ids, index), "none": None,
+                       "english": reference.vector(ids, index, prompt_ids(tuned, english_text, "chatml")[0])}
+            for connection, vector in vectors.items():
+                expected = text_of(tuned, reference.answer(ids, 6, {turn, 2}, vector, index))
+                row = answers[f"tuned_{connection}"][f"{task}/sw.jsonl"][i]
+                assert row["answer"] == expected and (row["layer"] is None) == (vector is None)
+    assert answers["plain_none"].keys() == {"XQuAD/sw.jsonl", "XLSum/sw.jsonl"}
+    alone, _, _ = score(["tuned"], "bench", *options[:2])
+    assert [(row["column"], row["connection"]) for row in alone["results"]] == [("tuned", "matrix")] * 2
+
+
+@torch.no_grad()
+def test_long_prompts_are_shortened_in_the_middle(score, tmp_path):
+    """Catches a prompt cut at its end, where the question stands, one cut further than it must be, one that leaves no
+    room for the answer, and cutting unsaid."""
+    model = write_checkpoint(tmp_path / "model", seed=3)
     text = "Mwanzo. " + "maneno mengi ya katikati " * 50 + "Swali?"
-    short = shorten(text, tokenizer, 60)
-    assert short.startswith("Mwanzo") and short.endswith("Swali?") and 50 < len(tokenizer.prompt(short)) <= 60
-    assert shorten("fupi", tokenizer, 60) == "fupi"
+    write_task(tmp_path / "bench", "facts", "sw", [(text, "x"), ("Nini?", "x")])
+    everything, out, answers = score(["model"], "bench", "--max_new_tokens=8")
+    kept = max(n for n in range(1, 250) if len(prompt_ids(model, text[:n] + text[-n:])[0]) <= 256 - 8)
+    ids, _, turn = prompt_ids(model, text[:kept] + text[-kept:])
+    row = answers["model"]["facts/sw.jsonl"][0]
+    assert row["answer"] == text_of(model, Reference(model).answer(ids, 8, {turn})) and row["instruction"] == text
+    assert everything["results"][0]["shortened"] == 1 and "model: 1 prompts were shortened to fit" in out
 
 
-def test_command(checkpoint, tmp_path, run):
-    """Catches scores that do not follow from the answers written beside them, and models mixed up in the table."""
-    data, other = write_benchmark(tmp_path / "data"), write_checkpoint(tmp_path / "other", seed=9)
-    code, out, err = run("eval", "--model", checkpoint(), other, "--data", data, "--out", tmp_path / "out",
-                         "--max_new_tokens=8", "--batch_size=2")
-    assert code == 0, err
-    results = results_of(tmp_path / "out")
-    assert len(results) == 4 and (tmp_path / "out" / "results.md").read_text().strip() in out
-    for row in results:
-        folder, = (tmp_path / "out" / "answers").glob("*" + Path(row["model"]).name)
-        answers = json_lines(folder / "XNLI" / f"{row['lang']}.jsonl")
-        named = [choice(a["answer"], "123", {}) for a in answers]
-        right = sum(name in a["gold"] for name, a in zip(named, answers, strict=True))
-        assert len(answers) == 5 and row["scores"]["accuracy"] == right / 5 and row["unparsed"] == named.count(None)
+def test_defaults(tmp_path, run, monkeypatch):
+    """Catches another length of answers than --help says, another folder for results, and a model in `out`, just
+    trained, that is not the one scored."""
+    monkeypatch.chdir(tmp_path)
+    for script in ("infer", "eval"):
+        monkeypatch.delitem(sys.modules, script)
+    write_parrot(tmp_path / "out", {"?": ["ha", "ha"]})
+    write_task(tmp_path / "bench", "facts", "sw", [("Nini?", "ha")])
+    code, out, err = run("eval", "--data", "bench")
+    assert code == 0 and err.splitlines()[0] == "model: out" and out.endswith("results and answers are in out/eval\n")
+    row, = json_lines(tmp_path / "out" / "eval" / "answers" / "out" / "facts" / "sw.jsonl")
+    assert row["answer"] == "ha" * 32
 
 
-def test_averages_and_table():
-    """Catches a mean over items where it should be over languages, English that counts as another language, a column
-    under the wrong model, a difference with the wrong sign, an interval that does not hold the score, and p-values that
-    see what is not there, or not what is."""
-    few, many = [1.0] * 8 + [0.0] * 2, [0.0] * 30 + [1.0] * 10
-    cells = {("XNLI", "en"): [Cell(few, few, 0), Cell([1.0] * 10, few, 0)],
-             ("XNLI", "sw"): [Cell(many, many, 1), Cell([1.0] * 40, many, 1)],
-             ("facts", "sw"): [Cell(few, few, 2), Cell(few[::-1], few, 2)]}
-    rows = {(task, lang): found for task, lang, found in averages(cells)}
-    scores = {key: [cell["score"] for cell in found] for key, found in rows.items()}
-    assert scores["XNLI", "mean"] == [0.525, 1.0] and scores["XNLI", "mean without en"] == [0.25, 1.0]
-    assert scores["all", "mean"] == pytest.approx([(0.525 + 0.8) / 2, 0.9])
-    assert scores["all", "sw"] == pytest.approx([(0.25 + 0.8) / 2, 0.9])
-    assert not {("all", "en"), ("facts", "mean without en")} & rows.keys()
-    assert all(cell["interval"][0] <= cell["score"] <= cell["interval"][1] for found in rows.values() for cell in found)
-    spread = 1.96 * (0.25 * 0.75 / 40) ** 0.5
-    assert rows["XNLI", "sw"][0]["interval"] == pytest.approx([0.25 - spread, 0.25 + spread], abs=0.03)
-    assert rows["XNLI", "sw"][1]["difference"] == 0.75 and rows["XNLI", "sw"][1]["p"] < 0.001
-    assert rows["facts", "sw"][1]["difference"] == 0 and rows["facts", "sw"][1]["p"] == 1
-    assert rows["XNLI", "en"][1]["p"] == pytest.approx(0.5, abs=0.05)
-    text = table(averages(cells), ["a", "b"])
-    for line in ("| XNLI | mean without en | 25.0 (", "| XNLI | mean | b | +47.5 | 0.0", "| all | mean | b | +23.8 |"):
-        assert line in text
-
-
-def test_translations_are_not_independent():
-    """Catches an interval of a mean over languages that is too narrow, their questions being the same."""
-    values = [0.0] * 30 + [1.0] * 10
-    answers = {("XNLI", lang): [{"scores": {"accuracy": value}} for value in values] for lang in ("en", "sw", "hi")}
-    assert len({tuple(found[0]["interval"]) for _, _, found in averages(compare([answers, answers]))}) == 1
-
-
-def test_connections_side_by_side(tmp_path, run):
-    """Catches a connection whose column holds another's answers, and figures that are not drawn."""
-    pytest.importorskip("matplotlib", reason="pip install matplotlib")
-    data = ROOT / "data"
-    code, out, err = run("eval", "--model", data / "tuned", data / "base", "--data", data / "dev", "--langs=sw",
-                         "--limit=20", "--out", tmp_path, "--connection", "matrix", "english", "none",
-                         "--plot", tmp_path / "figures")
-    assert code == 0, err
-    results = results_of(tmp_path)
-    columns = [("tuned", "matrix"), ("tuned", "english"), ("tuned", "none"), ("base", "none")]
-    assert [(Path(r["model"]).name, r["connection"]) for r in results] == columns
-    means = [f"{100 * r['scores']['f1']:.1f}" for r in results]
-    assert f"| facts | f1 | {' | '.join(means)} |" in out
-    answers = [path.read_text() for path in tmp_path.glob("answers/*/facts/sw.jsonl")]
-    assert len(answers) == len(set(answers)) == 4
-    assert all((tmp_path / "figures" / f"{name}.png").stat().st_size < 300_000 for name in ("scores", "layers"))
+def test_figures(score, tmp_path, monkeypatch):
+    """Catches a bar of another column or language, an interval that is not the table's, layers of an unconnected
+    column, and figures that are not written."""
+    figure = pytest.importorskip("matplotlib.figure", reason="pip install matplotlib").Figure
+    save, drawn = figure.savefig, {}
+    monkeypatch.setattr(figure, "savefig", lambda self, path, **k: drawn.update({Path(path).name: self})
+                        or save(self, path, **k))
+    for name, says in (("a", "1"), ("b", "2")):
+        write_parrot(tmp_path / name, {"?": says})
+    write_connection(tmp_path / "b")
+    for lang, right in (("hi", 3), ("sw", 7)):
+        write_task(tmp_path / "bench", "XNLI", lang, [("Gani?", "1")] * right + [("Gani?", "2")] * (10 - right))
+    everything, _, answers = score(["a", "b"], "bench", "--plot", "figures")
+    assert all((tmp_path / "figures" / name).stat().st_size > 1000 for name in ("scores.png", "layers.png"))
+    axes, = drawn["scores.png"].axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["hi", "sw"]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([30, 70, 70, 30])
+    ends = [segment[:, 1] for lines in axes.collections for segment in lines.get_segments()]
+    intervals = [[100 * x for x in s["interval"]] for i in (0, 1) for lang in ("hi", "sw")
+                 for s in summary(everything, "XNLI", lang)[i:i + 1]]
+    assert [list(end) for end in ends] == [pytest.approx(interval) for interval in intervals]
+    layers = drawn["layers.png"].axes
+    shares = [image.get_array() for one in layers for image in one.images]
+    layer = answers["b"]["XNLI/sw.jsonl"][0]["layer"]
+    assert len(shares) == 1 and shares[0].shape == (layer + 1, 2) and (shares[0][layer] == 1).all()

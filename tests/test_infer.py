@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import eval  # noqa: F401 (both stay imported, whatever `elsewhere` does)
 import infer  # noqa: F401
-from conftest import PAIRS, ROOT, json_lines, write_checkpoint, write_connection, write_parrot
+from conftest import PAIRS, ROOT, json_lines, text_of, write_checkpoint, write_connection, write_parrot
 from reference import Reference, prompt_ids
 
 TEMPLATES = ["llama3", "chatml", "mistral"]  # they connect at the last token, before it, and in the text
@@ -65,9 +65,7 @@ def expected_answer(folder, template, own, english=None, connection="matrix", co
         activations = reference.activations(english or ids, index)
         activations = activations if english else activations @ reference.tensors["transform_matrix"]
         probabilities = reference.scores(activations, ids[index]).softmax(-1).tolist()
-    answer = reference.answer(ids, count, {turn, *STOP}, vector, index)
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    return sp.decode([i for i in answer if i < sp.get_piece_size() and not sp.is_control(i)]), probabilities
+    return text_of(folder, reference.answer(ids, count, {turn, *STOP}, vector, index)), probabilities
 
 
 # ------------------------------------------------------------------------------------------------ the right answers
