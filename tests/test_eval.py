@@ -1,4 +1,5 @@
-"""Scoring: what an answer names and is worth, and what eval.py makes of answers that are known beforehand."""
+"""Scoring: what an answer names and is worth, and what eval.py makes of answers that are known
+beforehand."""
 import json
 import sys
 from pathlib import Path
@@ -75,8 +76,9 @@ CHOICES = [  # (options, their texts, [(language, answer, what it names)])
 @pytest.mark.parametrize("options, texts, answer, named", [
     (options, texts, answer, named) for options, texts, cases in CHOICES for _, answer, named in cases])
 def test_choice(options, texts, answer, named):
-    """Catches a digit taken out of a number, a letter out of a word, an article taken for an option, a script whose
-    digits are not known, an option's text that is not recognised, and a guess where an answer names two."""
+    """Catches a digit taken out of a number, a letter out of a word, an article taken for an option, a
+    script whose digits are not known, an option's text that is not recognised, and a guess where an
+    answer names two."""
     assert choice(answer, options, texts) == named
 
 
@@ -102,8 +104,8 @@ def test_choices_cover_the_languages():
     ("en", "", "x", 0, 0, 0),
 ])
 def test_open_scores(lang, answer, gold, contained, exact, f1):
-    """Catches articles of another language, words where characters should count, punctuation that keeps answers apart,
-    a number found in another."""
+    """Catches articles of another language, words where characters should count, punctuation that keeps
+    answers apart, a number found in another."""
     expected = pytest.approx({"contained": contained, "exact": exact, "f1": f1})
     assert open_scores(answer, [gold], lang) == expected
     assert open_scores(answer, ["something else entirely", gold], lang) == expected
@@ -146,8 +148,8 @@ SENTENCES = {
 
 
 def test_rouge_in_every_language():
-    """Catches a script that falls apart or away in tokenisation: the same text scores 1, half of it between 0 and 1,
-    another language's 0."""
+    """Catches a script that falls apart or away in tokenisation: the same text scores 1, half of it
+    between 0 and 1, another language's 0."""
     assert SENTENCES.keys() == set(LANGUAGES)
     for lang, text in SENTENCES.items():
         other = SENTENCES["te" if lang != "te" else "th"]
@@ -165,15 +167,16 @@ def test_rouge_in_every_language():
     ("१२ ٣", "12 3", 1),
 ])
 def test_rouge_by_hand(answer, gold, score):
-    """Catches a subsequence taken for a substring or a set, marks cut off their letters, case and digits that differ,
-    and recall or precision in place of F1."""
+    """Catches a subsequence taken for a substring or a set, marks cut off their letters, case and digits
+    that differ, and recall or precision in place of F1."""
     assert rouge_l(answer, gold) == pytest.approx(score)
 
 
-# ------------------------------------------------------------------------------------------- eval.py on known answers
+# ------------------------------------------------------------------------------- eval.py on known answers
 
 def write_task(folder, task, lang, items, sample="_sample", english=None):
-    """A task's prompts and gold answers in a language; items: [(prompt, gold)]; english: those of split_en."""
+    """A task's prompts and gold answers in a language; items: [(prompt, gold)]; english: those of
+    split_en."""
     kinds = {"split": [{"instruction": prompt} for prompt, _ in items], "ans": [gold for _, gold in items]}
     for kind, lines in kinds.items():
         path = folder / task / (kind + sample) / f"{lang}.json"
@@ -187,7 +190,8 @@ def write_task(folder, task, lang, items, sample="_sample", english=None):
 
 @pytest.fixture
 def score(run, tmp_path, monkeypatch):
-    """score(models, data, *options): (results.json, what is printed, {column: {task/lang: answers}}), run in tmp_path."""
+    """score(models, data, *options): (results.json, what is printed, {column: {task/lang: answers}}), run
+    in tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def call(models, data, *options):
@@ -230,8 +234,8 @@ PROMPTS = [  # in the form of the benchmarks, (task, language, prompt, what is a
 
 
 def test_options_of_real_prompts(score, tmp_path):
-    """Catches options that are not found in a prompt, whose text is cut or keeps its line's last space, or that are
-    taken from the question; and a choice that does not decide on the score."""
+    """Catches options that are not found in a prompt, whose text is cut or keeps its line's last space,
+    or that are taken from the question; and a choice that does not decide on the score."""
     says = {(task, prompt.splitlines()[-1]): text for task, _, prompt, text, _ in PROMPTS}
     for task in ("XNLI", "XStoryCloze", "MMMLU"):
         for _, lang, prompt, _, named in (row for row in PROMPTS if row[0] == task):
@@ -250,8 +254,8 @@ def test_options_of_real_prompts(score, tmp_path):
 
 
 def test_scores_of_each_task(score, tmp_path):
-    """Catches a task scored by another's metric, a gold scored against itself, the worst of several golds, articles of
-    another language, and a score that is not the mean over items."""
+    """Catches a task scored by another's metric, a gold scored against itself, the worst of several
+    golds, articles of another language, and a score that is not the mean over items."""
     says = {"Mwaka?": "It was in 1999", "Jiji?": "the town", "Habari?": "Watu wawili walikufa jana", "Nyingine?": "sijui"}
     write_parrot(tmp_path / "model", says)
     year, town = ("Mwaka?", ["2000", "1999"]), ("Jiji?", "a town")
@@ -308,8 +312,9 @@ TABLE = """\
 
 
 def test_table(score, tmp_path):
-    """Catches a column under another model, a comparison with another than the first, a difference with the wrong sign,
-    a mean over items where it should be over languages, English that counts as another language, a row too many."""
+    """Catches a column under another model, a comparison with another than the first, a difference with
+    the wrong sign, a mean over items where it should be over languages, English that counts as another
+    language, a row too many."""
     for name, says in (("a", "1"), ("b", "2"), ("c", "1")):
         write_parrot(tmp_path / name, {"?": says})
     for task, lang, gold, count in (("XNLI", "en", "1", 40), ("XNLI", "sw", "2", 40), ("facts", "hi", "2", 40),
@@ -326,7 +331,8 @@ def test_table(score, tmp_path):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, run):
-    """(results.json, results.md) of two models, of which the first says 1 and the second 2 whatever is asked."""
+    """(results.json, results.md) of two models, of which the first says 1 and the second 2 whatever is
+    asked."""
     folder = tmp_path_factory.mktemp("compared")
     for name in ("1", "2"):
         write_parrot(folder / name, {"?": name})
@@ -343,8 +349,8 @@ def compared(tmp_path_factory, run):
 
 
 def test_intervals(compared):
-    """Catches an interval of another width than 95 %, or upside down, and one of a mean that is too narrow: the
-    questions are the same in every language."""
+    """Catches an interval of another width than 95 %, or upside down, and one of a mean that is too
+    narrow: the questions are the same in every language."""
     everything, table = compared
     of_sw, _ = summary(everything, "XNLI", "sw")
     spread = 1.96 * (0.25 * 0.75 / 200) ** 0.5
@@ -361,7 +367,8 @@ def test_intervals(compared):
     ("swapped", 0, 1, 0),            # six in each direction
 ])
 def test_p_values(compared, task, difference, p, error):
-    """Catches a test that is not paired, not two-sided, or of another number of permutations, and a wrong sign."""
+    """Catches a test that is not paired, not two-sided, or of another number of permutations, and a wrong
+    sign."""
     first, second = summary(compared[0], task, "sw")
     assert (first["difference"], first["p"]) == (0, 1)
     assert second["difference"] == pytest.approx(difference) and second["p"] == pytest.approx(p, abs=error)
@@ -369,8 +376,8 @@ def test_p_values(compared, task, difference, p, error):
 
 
 def test_which_items(score, tmp_path):
-    """Catches a sample preferred to the whole benchmark, prompts with another line's gold, and --tasks, --langs or
-    --limit ignored or taken from the end."""
+    """Catches a sample preferred to the whole benchmark, prompts with another line's gold, and --tasks,
+    --langs or --limit ignored or taken from the end."""
     write_parrot(tmp_path / "model", {"moja?": "1", "mbili?": "2"})
     for task in ("XNLI", "facts"):
         for lang in ("hi", "sw", "zh"):
@@ -389,8 +396,8 @@ def test_which_items(score, tmp_path):
 
 @torch.no_grad()
 def test_connections_side_by_side(score, tmp_path):
-    """Catches a column with another connection's answers, an English version of another line or from another file, and a
-    plain checkpoint that is asked what only a tuned one can."""
+    """Catches a column with another connection's answers, an English version of another line or from
+    another file, and a plain checkpoint that is asked what only a tuned one can."""
     tuned = write_connection(write_checkpoint(tmp_path / "tuned", "chatml", seed=4))
     write_checkpoint(tmp_path / "plain", "chatml", seed=4)
     for task, sample in (("XQuAD", ""), ("XLSum", "_sample")):
@@ -420,8 +427,8 @@ def test_connections_side_by_side(score, tmp_path):
 
 @torch.no_grad()
 def test_long_prompts_are_shortened_in_the_middle(score, tmp_path):
-    """Catches a prompt cut at its end, where the question stands, one cut further than it must be, one that leaves no
-    room for the answer, and cutting unsaid."""
+    """Catches a prompt cut at its end, where the question stands, one cut further than it must be, one
+    that leaves no room for the answer, and cutting unsaid."""
     model = write_checkpoint(tmp_path / "model", seed=3)
     text = "Mwanzo. " + "maneno mengi ya katikati " * 50 + "Swali?"
     write_task(tmp_path / "bench", "facts", "sw", [(text, "x"), ("Nini?", "x")])
@@ -434,8 +441,8 @@ def test_long_prompts_are_shortened_in_the_middle(score, tmp_path):
 
 
 def test_defaults(tmp_path, run, monkeypatch):
-    """Catches another length of answers than --help says, another folder for results, and a model in `out`, just
-    trained, that is not the one scored."""
+    """Catches another length of answers than --help says, another folder for results, and a model in
+    `out`, just trained, that is not the one scored."""
     monkeypatch.chdir(tmp_path)
     for script in ("infer", "eval"):
         monkeypatch.delitem(sys.modules, script)
@@ -448,8 +455,8 @@ def test_defaults(tmp_path, run, monkeypatch):
 
 
 def test_figures(score, tmp_path, monkeypatch):
-    """Catches a bar of another column or language, an interval that is not the table's, layers of an unconnected
-    column, and figures that are not written."""
+    """Catches a bar of another column or language, an interval that is not the table's, layers of an
+    unconnected column, and figures that are not written."""
     figure = pytest.importorskip("matplotlib.figure", reason="pip install matplotlib").Figure
     save, drawn = figure.savefig, {}
     monkeypatch.setattr(figure, "savefig", lambda self, path, **k: drawn.update({Path(path).name: self})

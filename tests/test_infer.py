@@ -1,4 +1,5 @@
-"""Answering: what infer.py prints and writes, against tests/reference.py and against checkpoints whose answers are known."""
+"""Answering: what infer.py prints and writes, against tests/reference.py and against checkpoints whose
+answers are known."""
 import contextlib
 import importlib
 import io
@@ -26,7 +27,8 @@ STOP = [2, *range(330, 400)]  # many tokens end an answer, so that rows stop at 
 
 @pytest.fixture(scope="session")
 def connected(tmp_path_factory):
-    """connected(template, **config changes): a checkpoint with a Decision Maker and a matrix, made once a session."""
+    """connected(template, **config changes): a checkpoint with a Decision Maker and a matrix, made once a
+    session."""
     made = {}
 
     def make(template, **changes):
@@ -68,18 +70,20 @@ def expected_answer(folder, template, own, english=None, connection="matrix", co
     return text_of(folder, reference.answer(ids, count, {turn, *STOP}, vector, index)), probabilities
 
 
-# ------------------------------------------------------------------------------------------------ the right answers
+# -------------------------------------------------------------------------------------- the right answers
 
 @torch.no_grad()
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("connection", CONNECTIONS)
 def test_answers_equal_the_reference(connected, ask, template, connection):
-    """Catches a connection at another token than the template's, logits read there, padding or cache rows that mix
-    prompts up when one stops, a matrix or an English version not used, and a layer that is not the one reported."""
+    """Catches a connection at another token than the template's, logits read there, padding or cache rows
+    that mix prompts up when one stops, a matrix or an English version not used, and a layer that is not
+    the one reported."""
     folder = connected(template)
-    answers = ask(folder, RECORDS, "--connection", connection, "--explain", "--batch_size=4", "--max_new_tokens=12")
-    for record, answer in zip(RECORDS, answers, strict=True):
-        text, chances = expected_answer(folder, template, record["instruction"], record["instruction_en"], connection)
+    answers = ask(folder, RECORDS, "--connection", connection, "--explain", "--batch_size=4",
+                  "--max_new_tokens=12")
+    for (own, english, *_), answer in zip(PAIRS, answers, strict=True):
+        text, chances = expected_answer(folder, template, own, english, connection)
         assert answer["answer"] == text
         assert answer["probabilities"] == (chances and pytest.approx(chances, abs=1e-4))
         assert answer["layer"] == (chances and chances.index(max(chances)))
@@ -87,7 +91,8 @@ def test_answers_equal_the_reference(connected, ask, template, connection):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{"model_type": "qwen2"}, {"tie_word_embeddings": True}], ids=["bias", "tied"])
+@pytest.mark.parametrize("changes", [
+    pytest.param({"model_type": "qwen2"}, id="bias"), pytest.param({"tie_word_embeddings": True}, id="tied")])
 def test_answers_of_other_models(connected, ask, changes):
     """Catches a bias or a tied head that is lost where weights are laid out anew for a batch."""
     folder = connected("chatml", **changes)
@@ -96,8 +101,8 @@ def test_answers_of_other_models(connected, ask, changes):
 
 
 def test_dtype(connected, ask, tmp_path):
-    """Catches a --dtype that is ignored, a default other than the dtype of the stored weights, and a product in half
-    precision that is far off."""
+    """Catches a --dtype that is ignored, a default other than the dtype of the stored weights, and a
+    product in half precision that is far off."""
     folder = tmp_path / "half"
     folder.mkdir()
     for file in connected("chatml").iterdir():
@@ -113,12 +118,13 @@ def test_dtype(connected, ask, tmp_path):
     assert (exact - torch.tensor(expected)).abs().max() < 1e-4
     for dtype in ("bfloat16", "float16"):
         assert 1e-5 < (chances(f"--dtype={dtype}") - exact).abs().max() < 0.2
-    assert (chances() == chances("--dtype=bfloat16")).all() and (chances("--dtype=float16") != chances()).any()
+    assert (chances() == chances("--dtype=bfloat16")).all()
+    assert (chances("--dtype=float16") != chances("--dtype=bfloat16")).any()
 
 
 def test_default_connection(connected, ask, tmp_path, run):
-    """Catches a matrix that is not used unless asked for, one used unsaid where there is none, and a checkpoint without
-    one that answers unconnected unsaid."""
+    """Catches a matrix that is not used unless asked for, one used unsaid where there is none, and a
+    checkpoint without one that answers unconnected unsaid."""
     folder = connected("llama3")
     texts = [[line["answer"] for line in ask(folder, RECORDS, "--max_new_tokens=9", *option)]
              for option in ([], ["--connection=matrix"], ["--connection=none"])]
@@ -126,7 +132,7 @@ def test_default_connection(connected, ask, tmp_path, run):
     plain = write_checkpoint(tmp_path / "plain", "chatml")
     for lacks in ("no cctuning.safetensors", "no Transform Matrix"):
         code, _, err = run("infer", "--model", plain, "--prompt", "hello", "--max_new_tokens", 3)
-        assert code == 0 and err.count("\n") == 1 and f"{lacks}" in err and "answering as a plain model" in err
+        assert code == 0 and err.count("\n") == 1 and lacks in err and "answering as a plain model" in err
         save_file({"decision_maker.weight": torch.zeros(4, 48)}, plain / "cctuning.safetensors")
 
 
@@ -134,32 +140,36 @@ def test_stops_at_every_eos(tmp_path, ask):
     """Catches an id of generation_config.json that does not end an answer, or is kept in it."""
     folder = write_parrot(tmp_path / "model", {"Nini?": ["a", "b", "c", "d"]})
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    for stop, answer in ((2, "abcd"), ([2, sp.piece_to_id("d"), sp.piece_to_id("c")], "ab"), ([1, 2], "abcd")):
+    c, d = (sp.piece_to_id(piece) for piece in "cd")
+    for stop, answer in ((2, "abcd"), ([2, d, c], "ab"), (d, "abc"), ([1, 2], "abcd")):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
         assert ask(folder, [{"instruction": "Nini?"}])[0]["answer"] == answer
 
 
-def test_lengths(tmp_path, run, ask):
-    """Catches an answer that runs past --max_new_tokens, its default or the model's positions, and a prompt, also an
-    English one, that is refused too early or too late."""
+def test_length_of_answers(tmp_path, ask):
+    """Catches an answer that runs past --max_new_tokens, its default or the model's positions."""
     folder = write_parrot(tmp_path / "long", {"Say:": ["ha", "ha"]}, max_position_embeddings=400)
-    lengths = [len(ask(folder, [{"instruction": "Say:"}], *option)[0]["answer"]) // 2
+    lengths = [len(ask(folder, [{"instruction": "Say:"}], *option)[0]["answer"]) // len("ha")
                for option in ([], ["--max_new_tokens=7"], ["--max_new_tokens=1000"])]
     assert lengths == [256, 7, 400 - len(prompt_ids(folder, "Say:")[0])]
+
+
+@pytest.mark.parametrize("room, code", [(1, 0), (0, 2), (-5, 2)])
+def test_length_of_prompts(tmp_path, run, room, code):
+    """Catches a prompt, also an English one, that is refused although a token of an answer fits, or taken
+    although none does."""
+    text = "Mji mkuu wa Kenya " * 30
+    folder = write_parrot(tmp_path / "model", {"Say:": "ha"}, max_position_embeddings=400)
+    size = len(prompt_ids(folder, text)[0])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": size + room}))
     write_connection(folder)
-    for n in (30, 200, 500):
-        text = "Mji mkuu " * n
-        fits, prompts = len(prompt_ids(folder, text)[0]), (["--prompt", text, "--connection=none"],
-                                                           ["--prompt=Say:", "--prompt_en", text, "--connection=english"])
-        for size, code in ((fits + 1, 0), (fits, 2)) if fits < 400 else ((400, 2),):
-            config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": size}))
-            for prompt in prompts:
-                found, _, err = run("infer", "--model", folder, *prompt, "--max_new_tokens=2")
-                assert found == code and (not code or "--prompt" in err and str(fits) in err), (size, err)
+    for prompt in (["--prompt", text], ["--prompt=Say:", "--prompt_en", text, "--connection=english"]):
+        found, _, err = run("infer", "--model", folder, *prompt, "--max_new_tokens=2")
+        assert found == code and (not code or "--prompt" in err and str(size) in err), err
 
 
-# --------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------------- sampling
 
 CHANCES = {"yes": 0.5, "no": 0.25, "maybe": 0.15, "never": 0.1}
 
@@ -178,7 +188,8 @@ def throw(ask, folder, *options, count=800):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature(dice, ask, temperature):
-    """Catches a temperature that is ignored, upside down or applied to probabilities: p^(1/T) is what is drawn from."""
+    """Catches a temperature that is ignored, upside down or applied to probabilities: p^(1/T) is what is
+    drawn from."""
     found = Counter(throw(ask, dice, f"--temperature={temperature}"))
     weights = {text: p ** (1 / temperature) for text, p in CHANCES.items()}
     for text, weight in weights.items():
@@ -188,14 +199,15 @@ def test_temperature(dice, ask, temperature):
 
 def test_cold_is_greedy(dice, ask):
     """Catches a default that samples, and a small temperature that does not come to the likeliest token."""
-    for option in ([], ["--temperature=0"], ["--temperature=0.001"], ["--temperature=0", "--seed=5", "--top_p=0.5"]):
+    for option in ([], ["--temperature=0"], ["--temperature=0.001"], ["--seed=5", "--top_p=0.9"]):
         assert set(throw(ask, dice, *option, count=60)) == {"yes"}
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.0, 1), (0.4, 1), (0.6, 2), (0.8, 3), (0.95, 4), (1.0, 4), (None, 4)])
+@pytest.mark.parametrize("top_p, kept", [
+    (0.0, 1), (0.4, 1), (0.6, 2), (0.8, 3), (0.95, 4), (1.0, 4), (None, 4)])
 def test_top_p(dice, ask, top_p, kept):
-    """Catches a token too many or too few among those with the probability top_p together, a default that leaves some
-    out, and what is left not drawn in proportion."""
+    """Catches a token too many or too few among those with the probability top_p together, a default that
+    leaves some out, and what is left not drawn in proportion."""
     option = [] if top_p is None else [f"--top_p={top_p}"]
     found = Counter(throw(ask, dice, "--temperature=1", *option))
     assert set(found) == set(list(CHANCES)[:kept])
@@ -204,29 +216,31 @@ def test_top_p(dice, ask, top_p, kept):
 
 
 def test_seed(dice, ask, run):
-    """Catches draws that cannot be repeated, that are the same for every prompt or every seed, or that depend on other
-    prompts and on the size of a batch."""
+    """Catches draws that cannot be repeated, that are the same for every prompt or every seed, or that
+    depend on other prompts and on the size of a batch."""
     hot = "--temperature=2"
     first = throw(ask, dice, hot, count=60)
-    assert first == throw(ask, dice, hot, "--seed=0", "--batch_size=7", count=60) == throw(ask, dice, hot, count=90)[:60]
+    assert throw(ask, dice, hot, "--seed=0", "--batch_size=7", count=60) == first
+    assert throw(ask, dice, hot, count=90)[:60] == first
     assert len(set(first)) == 4
     other = throw(ask, dice, hot, "--seed=1", count=60)
     assert 15 < sum(a != b for a, b in zip(first, other, strict=True)) < 59
-    alone = {run("infer", "--model", dice, "--prompt=Really?", hot, f"--seed={seed}")[1] for seed in range(40)}
-    assert alone == {text + "\n" for text in CHANCES}
+    alone = [run("infer", "--model", dice, "--prompt=Really?", hot, f"--seed={seed}") for seed in range(40)]
+    assert {out for _, out, _ in alone} == {text + "\n" for text in CHANCES}
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------------- the command line
 
 def test_prompt_streams(connected, run):
-    """Catches a stream that loses spaces or differs from the answer in one piece, and --explain without its layer."""
+    """Catches a stream that loses spaces or differs from the answer in one piece, and --explain without
+    its layer."""
     folder = connected("llama3")
     text, chances = expected_answer(folder, "llama3", PAIRS[0][0], count=40)
     command = ["infer", "--model", folder, "--prompt", PAIRS[0][0], "--max_new_tokens=40"]
     assert run(*command)[:2] == (0, text + "\n")
-    explained = f"[connection matrix: from layer {chances.index(max(chances))} of 0-3; probabilities "
-    code, out, _ = run(*command, "--explain")
-    assert code == 0 and out.startswith(explained + " ".join(f"{p:.2f}" for p in chances)) and out.endswith(text + "\n")
+    explained = (f"[connection matrix: from layer {chances.index(max(chances))} of 0-3; "
+                 f"probabilities {' '.join(f'{p:.2f}' for p in chances)}]\n")
+    assert run(*command, "--explain")[:2] == (0, explained + text + "\n")
     text, _ = expected_answer(folder, "llama3", *PAIRS[0][:2], "english", 9)
     found = run(*command[:5], "--prompt_en", PAIRS[0][1], "--connection=english", "--max_new_tokens=9")
     assert found[:2] == (0, text + "\n")
@@ -246,10 +260,11 @@ class Recorder(io.TextIOWrapper):
 
 
 def test_no_half_characters(tmp_path, monkeypatch):
-    """Catches a stream that prints a character before its last byte is there, that waits for the end of the answer, or
-    that keeps an unfinished character back for ever."""
-    says = {"Nini?": ["one", "<0xE0>", "<0xA4>", "<0xA8>", "two", "<0xC3>", "<0xA9>", "three"], "Na?": ["four", "<0xE2>"]}
-    folder = write_parrot(tmp_path / "model", says)
+    """Catches a stream that prints a character before its last byte is there, that waits for the end of
+    the answer, or that keeps an unfinished character back for ever."""
+    folder = write_parrot(tmp_path / "model", {
+        "Nini?": ["one", "<0xE0>", "<0xA4>", "<0xA8>", "two", "<0xC3>", "<0xA9>", "three"],
+        "Na?": ["four", "<0xE2>"]})
     for prompt, parts in (("Nini?", ["one", "न", "two", "é", "three", "\n"]), ("Na?", ["four", "\ufffd\n"])):
         monkeypatch.setattr(sys, "argv", ["infer.py", "--model", str(folder), "--prompt", prompt])
         with contextlib.redirect_stdout(Recorder()) as out:
@@ -258,13 +273,15 @@ def test_no_half_characters(tmp_path, monkeypatch):
 
 
 def test_files(tmp_path, run, ask):
-    """Catches answers out of order, fields that are lost or added, an "input" that is not read, a JSON list that is not
-    taken, and text that is escaped where it need not be."""
+    """Catches answers out of order, fields that are lost or added, an "input" that is not read, a JSON
+    list that is not taken, and text that is escaped where it need not be."""
     says = {"moja?": "one", "mbili?": "two", "tatu?": "three"}
     folder = write_parrot(tmp_path / "model", says)
     records = [{"instruction": "Ni " + own, "id": [7], "output": "é"} for own in says]
-    records += [{"instruction": "moja?", "input": "mbili?", "lang": "xx"}, {"instruction": "moja?", "input": " "}]
-    answered = [{**r, "answer": a} for r, a in zip(records, ["one", "two", "three", "two", "one"], strict=True)]
+    records += [{"instruction": "moja?", "input": "mbili?", "lang": "xx"},
+                {"instruction": "moja?", "input": " "}]
+    answers = ["one", "two", "three", "two", "one"]
+    answered = [{**record, "answer": text} for record, text in zip(records, answers, strict=True)]
     assert ask(folder, records, "--batch_size=2") == answered
     assert "é" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")
     (tmp_path / "list.json").write_text(json.dumps(records, indent=1))
@@ -280,14 +297,26 @@ def test_half_a_character_in_a_field(tmp_path, ask):
 
 
 def test_standard_input(tmp_path, run, monkeypatch):
-    """Catches an answer that takes more than its line, a line separator of Unicode taken for the end of a prompt, a byte
-    order mark taken for text, and a last line without its end that is left out."""
-    folder = write_parrot(tmp_path / "model", {"Nini?": ["a", "\n", "b"], "moja\u2028mbili?": "two", "x": "three"})
-    lines = "\ufeffNini?\nmoja\u2028mbili?\nx"
-    for text in (lines, lines + "\n"):
-        monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(text.encode())))
+    """Catches an answer that takes more than its line, a line separator of Unicode taken for the end of a
+    prompt, and a last line without its end that is left out."""
+    folder = write_parrot(tmp_path / "model", {
+        "Nini?": ["a", "\n", "b"], "moja\u2028mbili?": "two", "x": "three"})
+    for end in ("", "\n"):
+        lines = io.BytesIO(("Nini?\nmoja\u2028mbili?\nx" + end).encode())
+        monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=lines))
         code, out, err = run("infer", "--model", folder, "--prompt", "-", "--lang=sw")
         assert (code, out) == (0, "a\\nb\ntwo\nthree\n"), err
+
+
+@torch.no_grad()
+def test_byte_order_mark(connected, run, monkeypatch):
+    """Catches a byte order mark that becomes a part of the prompt, and --explain ignored for a line."""
+    folder, prompt = connected("mistral"), PAIRS[0][0]
+    text, chances = expected_answer(folder, "mistral", prompt, count=5)
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(f"\ufeff{prompt}".encode())))
+    code, out, _ = run("infer", "--model", folder, "--prompt", "-", "--max_new_tokens=5", "--explain")
+    layer = chances.index(max(chances))
+    assert code == 0 and out.startswith(f"{text}  [connection matrix: from layer {layer} of 0-3; "), out
 
 
 @pytest.fixture
@@ -303,7 +332,8 @@ def test_default_model(elsewhere, run):
     """Catches a model in `out`, just trained, that is not the one asked, and the choice made unsaid."""
     command = ["infer", "--prompt=Sarafu ya Kenya ni nini?", "--max_new_tokens=4", "--explain"]
     code, out, err = run(*command)
-    assert code == 0 and "[connection matrix" in out and re.search(r"^model: .*data/tuned$", err, re.MULTILINE)
+    assert code == 0 and "[connection matrix" in out
+    assert err.startswith("model: ") and err.splitlines()[0].endswith("data/tuned")
     write_parrot(elsewhere / "out", {"Kenya ni nini?": "mine"})
     code, out, err = run(*command)
     assert (code, out) == (0, "[unconnected]\nmine\n") and err.splitlines()[0] == "model: out"
@@ -312,21 +342,27 @@ def test_default_model(elsewhere, run):
 
 
 @pytest.mark.parametrize("lang", [None, "hi"])
-def test_embedded_questions(run, lang):
-    """Catches right answers of other questions, questions of another language, and a default other than Swahili."""
-    options = ["--lang", lang] if lang else []
-    code, out, err = run("infer", "--model", ROOT / "data" / "tuned", *options, "--max_new_tokens=1", "--explain")
+def test_embedded_questions(run, ask, lang):
+    """Catches right answers or English versions of other questions, questions of another language, and a
+    default other than Swahili."""
+    tuned, test = ROOT / "data" / "tuned", ROOT / "data" / "test" / "facts"
+    files = (f"split/{lang or 'sw'}.json", "split/en.json", f"ans/{lang or 'sw'}.json")
+    own, english, right = (json_lines(test / file) for file in files)
+    options = ["--max_new_tokens=4", "--connection=english", *(["--lang", lang] if lang else [])]
+    code, out, err = run("infer", "--model", tuned, *options, "--explain")
     assert code == 0, err
-    test = ROOT / "data" / "test" / "facts"
-    asked, right = (json_lines(test / kind / f"{lang or 'sw'}.json") for kind in ("split", "ans"))
-    answers = {question["instruction"]: answer for question, answer in zip(asked, right, strict=True)}
-    lines = [re.fullmatch(r"(.*?)  .*  \[right: (.*)\]  \[connection matrix: .*\]", line) for line in out.splitlines()]
-    assert len(lines) == 7 and all(answers[line.group(1)] == line.group(2) for line in lines)
-    assert len({line.group(1) for line in lines}) == 7
+    pattern = re.compile(r"(.*?)  (.*)  \[right: (.*)\]  \[connection english: .*\]")
+    lines = [pattern.fullmatch(line).groups() for line in out.splitlines()]
+    numbers = [own.index({"instruction": question}) for question, _, _ in lines]
+    assert len(set(numbers)) == 7 and [answer for _, _, answer in lines] == [right[i] for i in numbers]
+    records = [{**own[i], "instruction_en": english[i]["instruction"]} for i in numbers]
+    answers = [record["answer"] for record in ask(tuned, records, *options)]
+    assert [answer.replace("\n", "\\n") for answer in answers] == [text for _, text, _ in lines]
 
 
 def test_languages(tmp_path, run):
-    """Catches a language that the checkpoint's training data brought, or a line of --input, which --lang refuses."""
+    """Catches a language that the checkpoint's training data brought, or a line of --input, which --lang
+    refuses."""
     folder = write_parrot(tmp_path / "model", {"Nini?": "hivi"}, cctuning={"languages": ["qq"]})
     assert run("infer", "--model", folder, "--prompt=Nini?", "--lang=qq")[:2] == (0, "hivi\n")
     assert run("infer", "--model", folder, "--prompt=Nini?", "--lang=yo")[0] == 0
@@ -336,15 +372,15 @@ def test_languages(tmp_path, run):
     assert code == 2 and "'zz'" in err and "qq" in err
 
 
+SHARED_DEFAULTS = {
+    "model": "out, where you have trained one, else the embedded data/tuned", "batch_size": "16",
+    "connection": "matrix, where there is one", "template": "told by the checkpoint",
+    "dtype": "as the weights are stored"}
 DEFAULTS = {
-    "infer": {"model": "out, where you have trained one, else the embedded data/tuned", "output": "standard output",
-              "connection": "matrix, where there is one", "max_new_tokens": "256", "batch_size": "16",
-              "template": "told by the checkpoint", "dtype": "as the weights are stored", "temperature": "0.0",
-              "top_p": "1.0", "seed": "0"},
-    "eval": {"model": "out, where you have trained one, else the embedded data/tuned", "data": "the embedded data/test",
-             "tasks": "all that have prompts", "langs": "all that a task has", "out": "out/eval",
-             "connection": "matrix, where there is one", "max_new_tokens": "32", "batch_size": "16",
-             "template": "told by the checkpoint", "dtype": "as the weights are stored"},
+    "infer": {**SHARED_DEFAULTS, "max_new_tokens": "256", "temperature": "0.0", "top_p": "1.0", "seed": "0",
+              "output": "standard output"},
+    "eval": {**SHARED_DEFAULTS, "max_new_tokens": "32", "data": "the embedded data/test",
+             "tasks": "all that have prompts", "langs": "all that a task has", "out": "out/eval"},
 }
 
 
