@@ -5,6 +5,7 @@ Runs of the script are compared with tests/reference.py, which computes one prom
 import json
 import math
 import re
+import shutil
 import signal
 from collections import Counter
 from types import SimpleNamespace
@@ -24,10 +25,10 @@ SAMPLES = [(own + end, english + end, answer + end, lang) for end in ("", " tano
 SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 HELD = [("nani?", "who?", "mimi", "sw"), ("Wer?", "Who?", "ich und du und er und sie", "de"), ("who?", "who?", "I", "en")]
 RUNS = {  # what is trained, in steps of 4 of the 12 samples
-    "llama3": {"template": "llama3", "epochs": 4, "seed": 3, "torch_dtype": "bfloat16"},
+    "llama3": {"template": "llama3", "seed": 3, "torch_dtype": "bfloat16"},
     "chatml": {"template": "chatml", "english_grad": True, "micro_batch": 3},
     "mistral": {"template": "mistral", "micro_batch": 2},
-    "sft": {"template": "plain", "method": "sft", "micro_batch": 1},
+    "sft": {"template": "plain", "method": "sft", "micro_batch": 1, "epochs": 10},
 }
 
 
@@ -204,6 +205,8 @@ def test_noted(trained):
     assert note.get("languages") == (["de", "en", "hi", "sw"] if method == "cc" else None)
     assert f"template {trained.template}, {len(trained.steps)} steps" in trained.said
     assert (trained.out / "cctuning.safetensors").exists() == (method == "cc")
+    printed = [int(step) for step in re.findall(r"^step +(\d+)/", trained.said, re.MULTILINE)]
+    assert printed == sorted({*range(10, len(trained.steps), 10), len(trained.steps)})
 
 
 # ------------------------------------------------------------------------------------------------- options of training
@@ -389,15 +392,19 @@ def test_defaults(checkpoint, tmp_path, ran, monkeypatch):
     assert "cc on 1 x cpu, float32: 6 samples" in said or torch.cuda.is_available()
 
 
-def test_embedded_defaults(tmp_path, ran, run, stop_at):
-    """Catches other settings for the run without --model and --data than --help says."""
+def test_embedded_defaults(checkpoint, tmp_path, ran, run, stop_at):
+    """Catches other settings for the run without --model and --data than --help says, and one that replaces another
+    model than an earlier one's."""
     given = dict(re.findall(r"--(\w+) (\S+)", promised(ran)["data"]))
     assert {name: float(value) for name, value in given.items()} == {
         "epochs": 2, "batch_size": 32, "micro_batch": 32, "lr": 1e-4}
+    out = shutil.copytree(ROOT / "data" / "tuned", tmp_path / "out")
     stop_at(1, signal.SIGINT)
     with reading() as calls:
-        code, said, err = run("train", "--out", tmp_path / "out")
+        code, said, err = run("train", "--out", out)
     assert code == 128 + signal.SIGINT, err
     count = 2 * math.ceil(len((ROOT / "data" / "train.jsonl").read_text().splitlines()) / 32)
     assert f" of {count}, saved" in said and {len(call) for call in calls} == {32}
-    assert logged(tmp_path / "out", "lr")[0] == pytest.approx(1e-4 / math.ceil(count / 10))
+    assert logged(out, "lr")[0] == pytest.approx(1e-4 / math.ceil(count / 10))
+    code, _, err = run("train", "--out", shutil.copytree(checkpoint(), tmp_path / "other"))
+    assert code == 2 and "--overwrite" in err
