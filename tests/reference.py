@@ -23,7 +23,7 @@ class Reference:
     """
 
     def __init__(self, folder):
-        self.config = json.loads((Path(folder) / "config.json").read_text())
+        self.config = json.loads((Path(folder) / "config.json").read_text("utf-8-sig"))
         files = list(Path(folder).glob("*.safetensors"))
         self.tensors = {name: tensor.float().requires_grad_() for path in files
                         for name, tensor in load_file(path).items()}

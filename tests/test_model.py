@@ -1,5 +1,6 @@
 """The decoder and its checkpoint folder: what is read, what is written, and in which dtype."""
 import contextlib
+import itertools
 import json
 import shutil
 
@@ -18,7 +19,8 @@ INDEX = "model.safetensors.index.json"
 
 
 def rewritten(source, folder, change=lambda name, tensor: tensor, **more):
-    """A copy of a checkpoint folder with other weights: change(name, tensor) of each, and more beside them."""
+    """A copy of a checkpoint folder with other weights: change(name, tensor) of each, and more beside
+    them."""
     shutil.copytree(source, folder)
     weights = {name: change(name, tensor) for name, tensor in tensors(source, "model.safetensors").items()}
     save_file({**weights, **more}, folder / "model.safetensors", metadata={"format": "pt"})
@@ -26,7 +28,8 @@ def rewritten(source, folder, change=lambda name, tensor: tensor, **more):
 
 
 def copied(ran, source, out, pairs=PAIRS[:2], **options):
-    """What train.py writes of a model that it does not change: plain fine-tuning at a learning rate of 0."""
+    """What train.py writes of a model that it does not change: plain fine-tuning at a learning rate of
+    0."""
     data = write_data(out.with_suffix(".jsonl"), pairs)
     ran(*training(source, data, out, **{"method": "sft", "lr": 0, "epochs": 1, **options}))
     return out
@@ -43,51 +46,58 @@ def plain_loss(folder, pairs=PAIRS[:2]):
 
 # ------------------------------------------------------------------------------- configuration
 
-SIZES = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-SPELLINGS = [  # what config.json says, and what follows
-    ({}, {"num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_length": 2048,
-          "rope_scaling": None, "tie_word_embeddings": False, "initializer_range": 0.02, "bos_token_id": None,
-          "eos_token_ids": (), "qkv_bias": False, "cctuning": {}}),
-    ({"num_key_value_heads": None, "head_dim": None, "rope_scaling": None, "bos_token_id": None, "eos_token_id": None},
-     {"num_key_value_heads": 4, "head_dim": 12, "rope_scaling": None, "bos_token_id": None, "eos_token_ids": ()}),
-    ({"num_key_value_heads": 1, "head_dim": 20, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "initializer_range": 0.05,
-      "max_position_embeddings": 99, "tie_word_embeddings": True, "bos_token_id": 7, "eos_token_id": 8},
-     {"num_key_value_heads": 1, "head_dim": 20, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "initializer_range": 0.05,
-      "max_length": 99, "tie_word_embeddings": True, "bos_token_id": 7, "eos_token_ids": (8,)}),
-    ({"eos_token_id": [8, 9], "model_type": "qwen2"}, {"eos_token_ids": (8, 9), "qkv_bias": True}),
+SIZES = {name: CONFIG[name] for name in ("model_type", "vocab_size", "hidden_size", "intermediate_size",
+                                         "num_hidden_layers", "num_attention_heads")}
+DEFAULTS = {  # what follows where config.json says no more than these
+    "num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None,
+    "max_length": 2048, "tie_word_embeddings": False, "initializer_range": 0.02, "bos_token_id": None,
+    "eos_token_ids": (), "qkv_bias": False, "cctuning": {}}
+OTHERS = {
+    "num_key_value_heads": 1, "head_dim": 20, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True,
+    "initializer_range": 0.05, "bos_token_id": 7, "cctuning": {"method": "cc"}}
+LINEAR, LLAMA3 = {"factor": 2.0}, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                   "original_max_position_embeddings": 8192}
+WINDOW, FIVE = {"sliding_window": 64}, {"rope_theta": 5e5}
+SPELLINGS = [  # what else config.json says, and what then differs from DEFAULTS
+    ({}, {}),
+    (OTHERS, OTHERS),
+    ({"num_key_value_heads": None, "head_dim": None, "rope_scaling": None, "eos_token_id": None}, {}),
+    ({"max_position_embeddings": 99}, {"max_length": 99}),
+    ({"eos_token_id": 8}, {"eos_token_ids": (8,)}),
+    ({"eos_token_id": [8, 9]}, {"eos_token_ids": (8, 9)}),
     # a window counts for Mistral, and for Qwen where it is switched on
-    ({"model_type": "mistral", "max_position_embeddings": 256, "sliding_window": 64}, {"max_length": 64}),
-    ({"model_type": "mistral", "max_position_embeddings": 256, "sliding_window": 999}, {"max_length": 256}),
-    ({"model_type": "mistral", "max_position_embeddings": 256, "sliding_window": None}, {"max_length": 256}),
-    ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False}, {"max_length": 2048}),
-    ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True}, {"max_length": 64}),
-    # rotary embedding, in the spelling of transformers 4, of earlier ones, and of transformers 5
+    ({"model_type": "mistral", **WINDOW}, {"max_length": 64}),
+    ({"model_type": "mistral", "sliding_window": 9999}, {}),
+    ({"model_type": "mistral", "sliding_window": None}, {}),
+    ({"model_type": "qwen2", **WINDOW, "use_sliding_window": False}, {"qkv_bias": True}),
+    ({"model_type": "qwen2", **WINDOW, "use_sliding_window": True}, {"qkv_bias": True, "max_length": 64}),
+    # rotary embedding, as transformers 4 spells it, earlier ones, and transformers 5
     ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
-    ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5, "rope_scaling": None}),
-    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
-     {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_scaling": {"rope_type": "linear", **LINEAR}}),
+    ({"rope_parameters": {"rope_type": "default", **FIVE}}, FIVE),
+    ({"rope_parameters": {"rope_type": "linear", **LINEAR, **FIVE}},
+     {"rope_scaling": {"rope_type": "linear", **LINEAR}, **FIVE}),
 ]
 
 
-@pytest.mark.parametrize("says, follows", SPELLINGS)
-def test_config(tmp_path, says, follows):
+@pytest.mark.parametrize("says, differs", SPELLINGS)
+def test_config(tmp_path, says, differs):
     """Catches a default other than transformers', a window ignored where it counts or heeded where it is
     switched off, and a value of one spelling that is missed."""
-    (tmp_path / "config.json").write_text(json.dumps({**{name: CONFIG[name] for name in SIZES}, **says}))
+    (tmp_path / "config.json").write_text(json.dumps({**SIZES, **says}))
     config = Config.read(tmp_path)
-    assert {name: getattr(config, name) for name in follows} == follows
+    assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **differs}
 
 
 def test_defaults_are_those_of_transformers(tmp_path):
-    """Catches the same, should the table above be wrong."""
+    """Catches a table above that is wrong itself."""
     transformers = pytest.importorskip("transformers", reason="optional package: only compared with")
-    (tmp_path / "config.json").write_text(json.dumps({name: CONFIG[name] for name in SIZES}))
-    ours, theirs = Config.read(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
-    for name in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "initializer_range"):
-        assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.max_length == theirs.max_position_embeddings
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+    same = ("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings",
+            "initializer_range")
+    assert {name: theirs[name] for name in same} == {name: DEFAULTS[name] for name in same}
+    assert theirs["max_position_embeddings"] == DEFAULTS["max_length"]
 
 
 # ---------------------------------------------------------------------------------------- dtype
@@ -99,8 +109,8 @@ def norms_apart(name, tensor):
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16", "mixed"])
 @pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_loaded_in_the_dtype_asked_for(checkpoint, tmp_path, stored, asked):
-    """Catches a dtype that is ignored, and a checkpoint of mixed dtypes that stays mixed: it is to be in its
-    embedding's."""
+    """Catches a dtype that is ignored, and a checkpoint of mixed dtypes that stays mixed: it is to be in
+    its embedding's."""
     dtype = torch.bfloat16 if stored == "mixed" else getattr(torch, stored)
     change = norms_apart if stored == "mixed" else lambda name, tensor: tensor.to(dtype)
     folder = rewritten(checkpoint(), tmp_path / "model", change)
@@ -112,11 +122,11 @@ def test_loaded_in_the_dtype_asked_for(checkpoint, tmp_path, stored, asked):
 
 
 def test_computed_in_the_dtype_asked_for(tmp_path, ran):
-    """Catches --dtype ignored by infer.py, a default that is not the dtype of the weights, and a Decision Maker
-    or matrix that is rounded to it."""
+    """Catches --dtype ignored by infer.py, a default that is not the dtype of the weights, and a
+    Decision Maker or matrix that is rounded to it."""
     source = write_connection(write_checkpoint(tmp_path / "source"))
-    folder, data = rewritten(source, tmp_path / "model", norms_apart), write_data(tmp_path / "data.jsonl", PAIRS[:2])
-    found = {}
+    folder, found = rewritten(source, tmp_path / "model", norms_apart), {}
+    data = write_data(tmp_path / "data.jsonl", PAIRS[:2])
     for dtype in (None, "bfloat16", "float32"):
         out = ran("infer", "--model", folder, "--input", data, "--explain", "--max_new_tokens=1",
                   *([f"--dtype={dtype}"] if dtype else []))
@@ -131,10 +141,11 @@ def test_computed_in_the_dtype_asked_for(tmp_path, ran):
 
 # ------------------------------------------------------------------------------ what is written
 
-@pytest.mark.parametrize("dtype, tied", [("float32", True), ("float16", False), ("bfloat16", True), ("mixed", False)])
+@pytest.mark.parametrize("dtype, tied", [("float32", True), ("float16", False), ("bfloat16", True),
+                                         ("mixed", False)])
 def test_what_is_saved_is_what_was_loaded(checkpoint, tmp_path, ran, dtype, tied):
-    """Catches a dtype that is not kept tensor by tensor, a tied head written twice, and shards that are not
-    read again as they were written, or hold a tensor too many or too few."""
+    """Catches a dtype that is not kept tensor by tensor, a tied head written twice, and shards that are
+    not read again as they were written, or hold a tensor too many or too few."""
     change = norms_apart if dtype == "mixed" else lambda name, tensor: tensor.to(getattr(torch, dtype))
     source = rewritten(checkpoint(tie_word_embeddings=tied), tmp_path / "source", change)
     first = copied(ran, source, tmp_path / "first", max_shard_size=5e-5)  # 50 kB
@@ -147,18 +158,18 @@ def test_what_is_saved_is_what_was_loaded(checkpoint, tmp_path, ran, dtype, tied
         for name, tensor in weights.items():
             assert found[name].dtype == tensor.dtype and found[name].equal(tensor), name
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights.values())
-        files = {}
+        files = {}  # {file: bytes of its tensors}
         for name, file in index["weight_map"].items():
             files.setdefault(file, []).append(weights[name].nbytes)
-        assert set(files) == {path.name for path in folder.glob("*.safetensors")} and len(files) > 2
-        full = [sum(sizes) for sizes in files.values()]
-        assert all(size <= 50_000 or len(sizes) == 1 for size, sizes in zip(full, files.values(), strict=True))
-        assert all(size + sizes[0] > 50_000 for size, sizes in zip(full, list(files.values())[1:], strict=False))
+        assert sorted(files) == sorted(path.name for path in folder.glob("*.safetensors"))
+        sizes = list(files.values())
+        assert len(sizes) > 2 and all(sum(size) <= 50_000 or len(size) == 1 for size in sizes)
+        assert all(sum(size) + following[0] > 50_000 for size, following in itertools.pairwise(sizes))
 
 
 FILES = {  # of a tokenizer and its template: what a checkpoint may bring
     "tokenizer.json": '{"another": "kind"}',  # tokenizer.model goes before
-    "tokenizer_config.json": '{"bos_token": "<s>", "chat_template": "{{ messages }}", "padding_side": "left"}',
+    "tokenizer_config.json": '{"chat_template": "{{ messages }}", "padding_side": "left"}',
     "special_tokens_map.json": '{"bos_token": "<s>"}',
     "added_tokens.json": '{"<pad>": 511}',
     "vocab.json": '{"a": 5}',
@@ -169,9 +180,9 @@ FILES = {  # of a tokenizer and its template: what a checkpoint may bring
 
 
 def test_what_else_is_in_the_folder(checkpoint, tmp_path, ran):
-    """Catches a tokenizer's file that is not copied, and an entry of config.json that is lost or changed: torch_dtype
-    is that of the weights, others are for programs that we do not know."""
-    source = shutil.copytree(checkpoint(torch_dtype="bfloat16", use_cache=True, pad_token_id=None), tmp_path / "source")
+    """Catches a tokenizer's file that is not copied, and an entry of config.json that is lost or
+    changed: torch_dtype is that of the weights, others are for programs that we do not know."""
+    source = write_checkpoint(tmp_path / "source", torch_dtype="bfloat16", use_cache=True, pad_token_id=None)
     for name, content in FILES.items():
         (source / name).write_text(content)
     (source / "README.md").write_text("of another model")
@@ -184,8 +195,8 @@ def test_what_else_is_in_the_folder(checkpoint, tmp_path, ran):
 
 
 def test_saving_over_a_model_leaves_none_of_it(checkpoint, tmp_path, ran):
-    """Catches old weights beside the new (loaders would take them), an old tokenizer, matrix or staging folder,
-    and files of the user's that go with them."""
+    """Catches old weights beside the new (loaders would take them), an old tokenizer, matrix or staging
+    folder, and files of the user's that go with them."""
     pytest.importorskip("tokenizers", reason="optional package: only tokenizer.json needs it")
     out = copied(ran, checkpoint(), tmp_path / "out", method="cc", max_shard_size=5e-5)
     assert (out / "cctuning.safetensors").exists() and (out / "tokenizer.model").exists()
@@ -194,10 +205,11 @@ def test_saving_over_a_model_leaves_none_of_it(checkpoint, tmp_path, ran):
     (out / "saving.tmp").mkdir()
     (out / "saving.tmp" / "0.tmp").write_text("of a run that was killed")
     copied(ran, checkpoint("plain", "json"), out, overwrite=True)
-    names = {"config.json", INDEX, "model-00001-of-00001.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in out.iterdir()} == names | {"train_log.jsonl", "notes.txt"}
+    names = {"config.json", INDEX, "model-00001-of-00001.safetensors", "tokenizer.json",
+             "tokenizer_config.json", "train_log.jsonl", "notes.txt"}
+    assert {path.name for path in out.iterdir()} == names
     copied(ran, out, out, overwrite=True)  # in its own place
-    assert {path.name for path in out.iterdir()} == names | {"train_log.jsonl", "notes.txt"}
+    assert {path.name for path in out.iterdir()} == names
     assert worst_difference(tensors(out), tensors(checkpoint())) == 0
 
 
@@ -206,8 +218,8 @@ def test_saving_over_a_model_leaves_none_of_it(checkpoint, tmp_path, ran):
     {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
 ], ids=["llama, linear", "qwen2, tied"])
 def test_transformers_opens_what_we_save(tmp_path, ran, changes):
-    """Catches names, a config or an index that transformers does not understand, and any difference in the
-    decoder. Golden values have the other kinds."""
+    """Catches names, a config or an index that transformers does not understand, and any difference in
+    the decoder. Golden values have the other kinds."""
     transformers = pytest.importorskip("transformers", reason="optional package: only compared with")
     source = write_checkpoint(tmp_path / "source", **changes)
     ours = copied(ran, source, tmp_path / "ours", max_shard_size=2e-4)  # two shards
@@ -221,8 +233,8 @@ def test_transformers_opens_what_we_save(tmp_path, ran, changes):
 # --------------------------------------------------------------------------------- what is read
 
 def test_tensors_that_are_of_no_use(checkpoint, tmp_path, ran):
-    """Catches a refusal of what real checkpoints hold: lm_head.weight beside a tied embedding, which counts, and
-    the rotary buffers of old Llama files; and either of them in the result."""
+    """Catches a refusal of what real checkpoints hold: lm_head.weight beside a tied embedding, which
+    counts, and the rotary buffers of old Llama files; and either of them in the result."""
     buffers = {f"model.{place}rotary_emb.inv_freq": torch.rand(6) for place in ("", "layers.0.self_attn.")}
     head = {"lm_head.weight": torch.zeros(512, 48)}
     for tied, more in ((False, buffers), (True, {**buffers, **head})):
@@ -233,14 +245,15 @@ def test_tensors_that_are_of_no_use(checkpoint, tmp_path, ran):
 
 
 def test_checkpoint_of_the_papers_code(checkpoint, tmp_path, ran):
-    """Catches a Decision Maker that is refused or dropped under the name that the paper's code gives it, or
-    that stays under this name in the result."""
+    """Catches a Decision Maker that is refused or dropped under the name that the paper's code gives it,
+    or that stays under this name in the result."""
     decision_maker = torch.randn(4, 48, generator=torch.Generator().manual_seed(3)).bfloat16()
     folder = rewritten(checkpoint(), tmp_path / "paper", **{"model.source_select.weight": decision_maker})
     out = copied(ran, folder, tmp_path / "out", method="cc", epochs=0)  # only a trained one gets a matrix
     found = tensors(out)
     assert found.pop("decision_maker.weight").equal(decision_maker.float())
-    assert found.pop("transform_matrix").shape == (48, 48)
+    matrix = found.pop("transform_matrix")
+    assert (matrix.shape, matrix.dtype) == ((48, 48), torch.float32)
     assert worst_difference(found, tensors(checkpoint())) == 0
 
 
@@ -251,31 +264,61 @@ STRANGE = [("Nini\u2028mji\u2029mkuu\x85wa Kenya?", "What?", "Nairobi\u2028", "s
 
 @pytest.mark.parametrize("form", ["lines", "CRLF", "list"])
 def test_text_files(checkpoint, tmp_path, ran, form):
-    """Catches a byte order mark that is taken for text, in data and in a checkpoint's files; lines cut at U+2028,
-    which JSON allows in its strings; lines that end as on Windows, and a text that is stripped."""
-    folder = shutil.copytree(checkpoint(), tmp_path / "model")
+    """Catches a byte order mark that is taken for text, in data and in a checkpoint's files; lines cut
+    at U+2028, which JSON allows in its strings; lines that end as on Windows; texts that are
+    stripped."""
+    folder, data = shutil.copytree(checkpoint(), tmp_path / "model"), tmp_path / "data.json"
     (folder / "tokenizer_config.json").write_text("{}")
-    for name in ("config.json", "tokenizer_config.json"):
-        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
-    out = copied(ran, folder, tmp_path / "out", STRANGE)  # writes the data once
-    text = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
-    text = {"lines": text + "\n\n", "CRLF": text.replace("\n", "\r\n"), "list": f"[{text.replace(chr(10), ',')}]"}[form]
-    data = tmp_path / "strange.json"
-    data.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    ran(*training(folder, data, out, method="sft", lr=0, epochs=1, overwrite=True))
-    assert abs(losses(out)[0] - plain_loss(checkpoint(), STRANGE)) < 1e-4
+    lines = write_data(data, STRANGE).read_text(encoding="utf-8").split("\n")
+    forms = {"lines": "\n".join(lines) + "\n\n", "CRLF": "\r\n".join(lines), "list": f"\n[{','.join(lines)}]"}
+    data.write_bytes(forms[form].encode())
+    for path in (data, folder / "config.json", folder / "tokenizer_config.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    ran(*training(folder, data, tmp_path / "out", method="sft", lr=0, epochs=1))
+    assert abs(losses(tmp_path / "out")[0] - plain_loss(folder, STRANGE)) < 1e-4
     with reading() as read:
-        ran("infer", "--model", folder, "--input", data, "--output", tmp_path / "answers.jsonl", "--batch_size=1",
-            "--max_new_tokens=1")
+        ran("infer", "--model", folder, "--input", data, "--output", tmp_path / "answers.jsonl",
+            "--batch_size=1", "--max_new_tokens=1")
     prompts = [prompt_ids(folder, own)[0] for own, *_ in STRANGE]
     assert sorted(ids for (ids,) in read) == sorted(prompts)
     answers = (tmp_path / "answers.jsonl").read_bytes().decode().split("\n")
     assert [json.loads(line)["instruction"] for line in answers if line] == [own for own, *_ in STRANGE]
 
 
+def test_input_below_the_instruction(checkpoint, tmp_path, ran):
+    """Catches Alpaca's "input" that is left out, or joined otherwise, of prompt or English version.
+    Where the English version repeats the instruction, it is taken to have the same input."""
+    records = [{"instruction": "Nini?", "input": "mbili", "instruction_en": "What? two", "output": "tano"},
+               {"instruction": "What?", "input": "three", "instruction_en": "What?", "output": "five"},
+               {"instruction": "tatu?", "input": " ", "instruction_en": "three?", "output": "six"}]
+    data, folder = tmp_path / "data.jsonl", checkpoint()
+    data.write_text("\n".join(map(json.dumps, records)))
+    with reading() as read:
+        ran(*training(folder, data, tmp_path / "out", lr=0, epochs=1, batch_size=1, matrix_prompts=1))
+    own = ["Nini?\nmbili", "What?\nthree", "tatu?"]
+    wanted = [prompt_ids(folder, text)[0] for text in ("What? two", "What?\nthree", "three?")]
+    wanted += [prompt_ids(folder, text)[0] + answer_ids(folder, record["output"])
+               for text, record in zip(own, records, strict=True)]
+    rows = [call[0] for call in read if isinstance(call[0], list)]
+    assert all(row in rows for row in wanted)
+
+
+def test_one_file_goes_before_an_index(checkpoint, tmp_path):
+    """Catches weights taken from elsewhere than transformers takes them."""
+    folder = rewritten(checkpoint(), tmp_path / "model", lambda name, tensor: 2 * tensor)
+    weights = tensors(folder)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    save_file(zeros, folder / "other.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(zeros, "other.safetensors")}))
+    assert all(parameter.equal(weights[name]) for name, parameter in load_model(folder).named_parameters())
+    (folder / "model.safetensors").unlink()
+    assert not any(parameter.any() for parameter in load_model(folder).parameters())
+
+
 @torch.no_grad()
 def test_positions_that_come_later(checkpoint):
-    """Catches an answer that outgrows what was made ready for its first tokens: rotary angles, mask, cache."""
+    """Catches an answer that outgrows what was made ready for its first tokens: rotary angles, mask,
+    cache."""
     cc, reference = calls.open_model(checkpoint()), Reference(checkpoint())
     generator = torch.Generator().manual_seed(0)
     short, longer = (torch.randint(3, 400, (1, size), generator=generator) for size in (110, 300))

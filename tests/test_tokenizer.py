@@ -109,9 +109,9 @@ def test_template_that_is_chosen(checkpoint, tmp_path):
     """Catches another order than --template, config.json's own entry, the control tokens."""
     folder = shutil.copytree(checkpoint("llama3"), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    assert open_tokenizer(folder).template == "llama3" and open_tokenizer(folder, "plain").template == "plain"
+    assert [open_tokenizer(folder, given).template for given in (None, "plain")] == ["llama3", "plain"]
     (folder / "config.json").write_text(json.dumps({**config, "cctuning": {"template": "llama2"}}))
-    assert open_tokenizer(folder).template == "llama2" and open_tokenizer(folder, "llama3").template == "llama3"
+    assert [open_tokenizer(folder, given).template for given in (None, "llama3")] == ["llama2", "llama3"]
 
 
 def test_template_that_is_not_told(tmp_path):
@@ -218,7 +218,7 @@ def test_tokens_added_to_a_sentencepiece_vocabulary(tmp_path):
     size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
     added = [("<|im_start|>", True), ("<|im_end|>", True), ("word", False)]
     added = {str(size + i): {"content": text, "special": special} for i, (text, special) in enumerate(added)}
-    added["5"] = {"content": "x", "special": True}  # in the vocabulary, which says that it is an ordinary piece
+    added["5"] = {"content": "x", "special": True}  # an ordinary piece, says the vocabulary
     rewritten(folder, tokenizer_config={"added_tokens_decoder": added})
     t = open_tokenizer(folder)
     assert t.template == "chatml" and t.end_of_turn == size + 1
