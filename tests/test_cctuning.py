@@ -38,8 +38,7 @@ def close(found, expected):
 def test_worked_by_hand(tmp_path):
     """Two layers, two dimensions, two prompts A and B: check every number below with a pencil.
 
-    Catches rows or layers mixed up, a mean over the wrong axis, an embedding left out, W applied from the
-    wrong side.
+    Catches mixed up rows or layers, a mean over the wrong axis, a forgotten embedding, W on the wrong side.
     """
     cc = calls.open_model(tiny_model(tmp_path), decision_maker=torch.eye(2))
     ids, p = torch.tensor([[1, 0], [1, 0]]), torch.tensor([1, 1])  # token 0, embedded as (1, 0), stands at p
@@ -129,9 +128,9 @@ def training_batch(index):
 @pytest.mark.parametrize("index", [-1, -3])
 @pytest.mark.parametrize("english_grad", [False, True])
 def test_training_equals_the_reference(connected, english_grad, index):
-    """Catches a layer that is the argmax where noise draws another, fusion at the last token in place of
-    the connection position, an English pass read elsewhere, padding in loss or attention, and any
-    gradient that is off."""
+    """Catches the argmax in place of the layer drawn by noise, fusion at the last token instead of the
+    connection position, English activations of another token, padding in loss or attention, and any wrong
+    gradient."""
     cc, reference = opened(connected)
     loss = calls.loss(cc, *training_batch(index), noise=NOISE, english_grad=english_grad)
     loss.backward()
@@ -148,8 +147,7 @@ def test_training_equals_the_reference(connected, english_grad, index):
 
 @torch.no_grad()
 def test_validation_equals_the_reference(connected):
-    """Catches a connection that leaks into plain fine-tuning, and an own-language connection without its
-    matrix."""
+    """Catches a connection in plain fine-tuning, and one from the own prompt without its matrix."""
     cc, reference = opened(connected)
     vectors = {"none": [None] * 3, "matrix": [reference.vector(p, -2) for p in PROMPTS],
                "english": [reference.vector(p, -2, e) for p, e in zip(PROMPTS, ENGLISH, strict=True)]}
@@ -163,9 +161,8 @@ def test_validation_equals_the_reference(connected):
 @pytest.mark.parametrize("index", [-1, -2, -3])
 @pytest.mark.parametrize("connection", ["matrix", "english", "none"])
 def test_answering_equals_full_passes(connected, index, connection):
-    """Catches tokens after the connection position that keep what they read before the connection, in
-    logits or cache, logits of another token than the prompt's last, and rows that depend on their
-    neighbours' length."""
+    """Catches tokens after the connection position still computed without the connection (in logits or cache),
+    logits of another token than the prompt's last, and rows that depend on each other."""
     cc, reference = opened(connected)
     first, scores, found = calls.answer(cc, *padded(PROMPTS), 6, index, connection, padded(ENGLISH))
     for i, (prompt, english) in enumerate(zip(PROMPTS, ENGLISH, strict=True)):
@@ -181,7 +178,7 @@ def test_answering_equals_full_passes(connected, index, connection):
 
 @torch.no_grad()
 def test_matrix_is_applied_in_float32():
-    """Catches a product in bfloat16 where the run computes in it."""
+    """Catches a product in bfloat16 in a bfloat16 run."""
     generator = torch.Generator().manual_seed(1)
     activations, matrix = (torch.randn(size, generator=generator) for size in ((4, 3, 48), (48, 48)))
     with torch.autocast("cpu", torch.bfloat16):
@@ -190,8 +187,8 @@ def test_matrix_is_applied_in_float32():
 
 
 def test_least_squares():
-    """Catches a ridge that depends on the scale of the activations or on the number of prompts, and a
-    solution that is not of least norm or has noise in the null space."""
+    """Catches a ridge that depends on the scale of the activations or the number of prompts, and a solution
+    that is not of least norm, or noisy in the null space."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(5, 6, 8, generator=generator) for _ in range(2))
     rows, targets = x.flatten(0, 1).double(), y.flatten(0, 1).double()
@@ -216,8 +213,7 @@ def peer(connected):
 
 @pytest.mark.parametrize("english_grad", [False, True])
 def test_training_equals_hooks_on_transformers(connected, peer, english_grad):
-    """Catches what this file's reference gets wrong in the same way: loss and every gradient are another
-    library's."""
+    """Catches a mistake shared with the reference: loss and every gradient, by another library."""
     batch = training_batch(-2)
     cc, (_, labels, *_) = opened(connected)[0], batch
     loss = calls.loss(cc, *batch, noise=NOISE, english_grad=english_grad) / (labels != IGNORED).sum()
@@ -236,7 +232,7 @@ def test_training_equals_hooks_on_transformers(connected, peer, english_grad):
 
 @torch.no_grad()
 def test_answering_equals_hooks_on_transformers(connected, peer):
-    """Catches the same in answering: connected logits after the prompt, and the layer."""
+    """Catches the same in answering: logits after a connected prompt, and the chosen layer."""
     ids, lengths = padded(PROMPTS)
     matrix = load_file(connected / "cctuning.safetensors")["transform_matrix"]
     logits, _, chosen = peer.prefill(ids, lengths - 2, matrix, torch.zeros(4))
@@ -261,8 +257,8 @@ def first_loss(run, model, out, **options):
 
 @pytest.mark.parametrize("source_layer", [2, "random"])
 def test_layer_ablations(checkpoint, tmp_path, run, source_layer):
-    """Catches a fixed layer that the Decision Maker overrules, one layer drawn for a whole batch, draws
-    at inference that depend on batch or padding, and a choice that is forgotten with the run."""
+    """Catches a fixed layer overruled by the Decision Maker, one layer drawn for a whole batch, draws at
+    inference that depend on batch or padding, and a choice not saved with the model."""
     folder, out = checkpoint(), tmp_path / "out"
     found, reference = first_loss(run, folder, out, source_layer=source_layer, seed=3), Reference(folder)
     total = count = 0
@@ -284,8 +280,7 @@ def test_layer_ablations(checkpoint, tmp_path, run, source_layer):
 
 
 def test_decision_maker_starts_from_the_seed(checkpoint, tmp_path, run):
-    """Catches a start that is not reproducible, or of another spread than the config's
-    initializer_range."""
+    """Catches an irreproducible start, or one of another spread than the config's initializer_range."""
     starts, wide = [], checkpoint(initializer_range=0.1)
     for out, seed, spread in (("a", 1, 0.02), ("b", 1, 0.02), ("c", 2, 0.02), ("d", 1, 0.1)):
         first_loss(run, wide if spread == 0.1 else checkpoint(), tmp_path / out, seed=seed)
@@ -295,10 +290,10 @@ def test_decision_maker_starts_from_the_seed(checkpoint, tmp_path, run):
 
 
 def test_bfloat16_step_has_every_gradient(checkpoint, tmp_path, run):
-    """Catches weights that the English pass cast under no_grad being reused, without their gradient, in
-    the own-language pass, and --dtype bfloat16 that computes in float32.
+    """Catches a --dtype bfloat16 computed in float32, and lost gradients: weights cast in the English pass
+    under no_grad must not be reused in the own-language pass.
 
-    AdamW's first step moves each weight by the learning rate, in the direction of its gradient's sign.
+    AdamW's first step moves each weight by the learning rate, against the sign of its gradient.
     """
     folder, data, moved = checkpoint(), write_data(tmp_path / "data.jsonl"), {}
     for dtype in ("float32", "bfloat16"):

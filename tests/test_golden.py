@@ -20,8 +20,7 @@ CC = [pytest.param(f, id=f.name) for f, expected in FOLDERS.items() if "decision
 
 
 def test_there_are_golden_folders():
-    """Catches a GOLDEN that points nowhere: the parametrised tests below would then pass by being
-    empty."""
+    """Catches a GOLDEN that points nowhere: without parameters, the tests below would pass unrun."""
     assert len(FORWARD) + len(CC) == len(FOLDERS) > 0
 
 
@@ -32,9 +31,8 @@ def relative(found, expected):
 @pytest.mark.parametrize("folder", FORWARD)
 @torch.no_grad()
 def test_forward(folder):
-    """Catches attention that sees padding or what follows, a wrong rotary frequency or pairing, a bias
-    forgotten, a head tied or not, a last layer that takes another token's query, a cache row written at
-    the wrong position."""
+    """Catches attention to padding or later tokens, a wrong rotary frequency or pairing, a missing bias, a head
+    tied wrongly, a last layer computed for another token, a cache row written at the wrong position."""
     cc, expected = calls.open_model(folder), FOLDERS[folder]
     ids, lengths, tokens = expected["input_ids"], expected["lengths"], expected["greedy"]
     real = torch.arange(ids.shape[1]) < lengths[:, None]
@@ -50,9 +48,8 @@ def open_cc(folder, matrix=None):
 @pytest.mark.parametrize("english_grad", [False, True])
 @pytest.mark.parametrize("folder", CC)
 def test_training_step(folder, english_grad):
-    """Catches fusion at the wrong token, row or layer, logits of the wrong positions, a graph through
-    the English pass where there is none to be (or none where there is), and a straight-through estimator
-    without its gradient."""
+    """Catches fusion at the wrong token, row or layer, logits of the wrong positions, a gradient through the
+    English pass where none belongs (or none where one does), a straight-through estimator without gradient."""
     cc, expected = open_cc(folder)
     ids, labels, position = expected["input_ids"], expected["labels"], expected["prompt_lengths"] - 1
     english = expected["english_ids"], expected["english_lengths"] - 1
@@ -79,8 +76,8 @@ def test_training_step(folder, english_grad):
 @pytest.mark.parametrize("folder", CC)
 @torch.no_grad()
 def test_transform_matrix(folder, case):
-    """Catches sums over the wrong axis, X and Y swapped, and a solver that blows up or is not of least
-    norm when rank-deficient."""
+    """Catches sums over the wrong axis, X and Y swapped, and a solver that blows up, or misses the least norm,
+    on rank-deficient prompts."""
     cc, expected = open_cc(folder)
     x, y = (calls.activations(cc, expected[f"{case}.{side}_ids"], expected[f"{case}.{side}_lengths"] - 1)
             for side in ("source", "english"))
@@ -93,8 +90,8 @@ def test_transform_matrix(folder, case):
 @pytest.mark.parametrize("folder", CC)
 @torch.no_grad()
 def test_inference(folder):
-    """Catches a matrix applied from the wrong side, a cache that keeps what the connection changed, a
-    choice that is not the argmax, and a connection that leaks when it is off."""
+    """Catches a matrix on the wrong side, a cache that keeps values from before the connection, a choice other
+    than the argmax, and a connection in effect when it is off."""
     cc, expected = open_cc(folder, "matrix.full_rank.solution")
     ids, lengths, tokens = (expected[f"inference.{k}"] for k in ("input_ids", "lengths", "greedy"))
     logits, scores, found = calls.answer(cc, ids, lengths, tokens.shape[1], connection="matrix")

@@ -19,8 +19,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def rewritten(source, folder, change=lambda name, tensor: tensor, **more):
-    """A copy of a checkpoint folder with other weights: change(name, tensor) of each, and more beside
-    them."""
+    """A copy of a checkpoint folder with other weights: change(name, tensor) of each, and more tensors."""
     shutil.copytree(source, folder)
     weights = {name: change(name, tensor) for name, tensor in tensors(source, "model.safetensors").items()}
     save_file({**weights, **more}, folder / "model.safetensors", metadata={"format": "pt"})
@@ -28,8 +27,7 @@ def rewritten(source, folder, change=lambda name, tensor: tensor, **more):
 
 
 def copied(ran, source, out, pairs=PAIRS[:2], **options):
-    """What train.py writes of a model that it does not change: plain fine-tuning at a learning rate of
-    0."""
+    """The folder that train.py writes when nothing changes: plain fine-tuning, learning rate 0."""
     data = write_data(out.with_suffix(".jsonl"), pairs)
     ran(*training(source, data, out, **{"method": "sft", "lr": 0, "epochs": 1, **options}))
     return out
@@ -48,7 +46,7 @@ def plain_loss(folder, pairs=PAIRS[:2]):
 
 SIZES = {name: CONFIG[name] for name in ("model_type", "vocab_size", "hidden_size", "intermediate_size",
                                          "num_hidden_layers", "num_attention_heads")}
-DEFAULTS = {  # what follows where config.json says no more than these
+DEFAULTS = {  # if config.json has nothing but SIZES
     "num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None,
     "max_length": 2048, "tie_word_embeddings": False, "initializer_range": 0.02, "bos_token_id": None,
     "eos_token_ids": (), "qkv_bias": False, "cctuning": {}}
@@ -58,14 +56,14 @@ OTHERS = {
 LINEAR, LLAMA3 = {"factor": 2.0}, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                    "original_max_position_embeddings": 8192}
 WINDOW, FIVE = {"sliding_window": 64}, {"rope_theta": 5e5}
-SPELLINGS = [  # what else config.json says, and what then differs from DEFAULTS
+SPELLINGS = [  # more in config.json, and what then differs from DEFAULTS
     ({}, {}),
     (OTHERS, OTHERS),
     ({"num_key_value_heads": None, "head_dim": None, "rope_scaling": None, "eos_token_id": None}, {}),
     ({"max_position_embeddings": 99}, {"max_length": 99}),
     ({"eos_token_id": 8}, {"eos_token_ids": (8,)}),
     ({"eos_token_id": [8, 9]}, {"eos_token_ids": (8, 9)}),
-    # a window counts for Mistral, and for Qwen where it is switched on
+    # a sliding window applies to Mistral, and to Qwen if switched on
     ({"model_type": "mistral", **WINDOW}, {"max_length": 64}),
     ({"model_type": "mistral", "sliding_window": 9999}, {}),
     ({"model_type": "mistral", "sliding_window": None}, {}),
@@ -82,15 +80,15 @@ SPELLINGS = [  # what else config.json says, and what then differs from DEFAULTS
 
 @pytest.mark.parametrize("says, differs", SPELLINGS)
 def test_config(tmp_path, says, differs):
-    """Catches a default other than transformers', a window ignored where it counts or heeded where it is
-    switched off, and a value of one spelling that is missed."""
+    """Catches a default other than transformers', a sliding window ignored where it applies or applied where
+    it is off, and a value missed in one spelling."""
     (tmp_path / "config.json").write_text(json.dumps({**SIZES, **says}))
     config = Config.read(tmp_path)
     assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **differs}
 
 
 def test_defaults_are_those_of_transformers(tmp_path):
-    """Catches a table above that is wrong itself."""
+    """Catches a mistake in the table above."""
     transformers = pytest.importorskip("transformers", reason="optional package: only compared with")
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
@@ -109,8 +107,8 @@ def norms_apart(name, tensor):
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16", "mixed"])
 @pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_loaded_in_the_dtype_asked_for(checkpoint, tmp_path, stored, asked):
-    """Catches a dtype that is ignored, and a checkpoint of mixed dtypes that stays mixed: it is to be in
-    its embedding's."""
+    """Catches an ignored dtype, and a mixed checkpoint that stays mixed: with no dtype given, all weights take
+    the embedding's."""
     dtype = torch.bfloat16 if stored == "mixed" else getattr(torch, stored)
     change = norms_apart if stored == "mixed" else lambda name, tensor: tensor.to(dtype)
     folder = rewritten(checkpoint(), tmp_path / "model", change)
@@ -122,8 +120,8 @@ def test_loaded_in_the_dtype_asked_for(checkpoint, tmp_path, stored, asked):
 
 
 def test_computed_in_the_dtype_asked_for(tmp_path, ran):
-    """Catches --dtype ignored by infer.py, a default that is not the dtype of the weights, and a
-    Decision Maker or matrix that is rounded to it."""
+    """Catches an infer.py that ignores --dtype or defaults to another dtype than the weights', and a Decision
+    Maker or matrix rounded to that dtype."""
     source = write_connection(write_checkpoint(tmp_path / "source"))
     folder, found = rewritten(source, tmp_path / "model", norms_apart), {}
     data = write_data(tmp_path / "data.jsonl", PAIRS[:2])
@@ -144,8 +142,8 @@ def test_computed_in_the_dtype_asked_for(tmp_path, ran):
 @pytest.mark.parametrize("dtype, tied", [("float32", True), ("float16", False), ("bfloat16", True),
                                          ("mixed", False)])
 def test_what_is_saved_is_what_was_loaded(checkpoint, tmp_path, ran, dtype, tied):
-    """Catches a dtype that is not kept tensor by tensor, a tied head written twice, and shards that are
-    not read again as they were written, or hold a tensor too many or too few."""
+    """Catches a tensor saved in another dtype, a tied head written twice, and shards that are read wrongly or
+    hold a tensor too many or too few."""
     change = norms_apart if dtype == "mixed" else lambda name, tensor: tensor.to(getattr(torch, dtype))
     source = rewritten(checkpoint(tie_word_embeddings=tied), tmp_path / "source", change)
     first = copied(ran, source, tmp_path / "first", max_shard_size=5e-5)  # 50 kB
@@ -167,8 +165,8 @@ def test_what_is_saved_is_what_was_loaded(checkpoint, tmp_path, ran, dtype, tied
         assert all(sum(size) + following[0] > 50_000 for size, following in itertools.pairwise(sizes))
 
 
-FILES = {  # of a tokenizer and its template: what a checkpoint may bring
-    "tokenizer.json": '{"another": "kind"}',  # tokenizer.model goes before
+FILES = {  # beside tokenizer.model
+    "tokenizer.json": '{"another": "kind"}',  # not read: there is a tokenizer.model
     "tokenizer_config.json": '{"chat_template": "{{ messages }}", "padding_side": "left"}',
     "special_tokens_map.json": '{"bos_token": "<s>"}',
     "added_tokens.json": '{"<pad>": 511}',
@@ -179,9 +177,9 @@ FILES = {  # of a tokenizer and its template: what a checkpoint may bring
 }
 
 
-def test_what_else_is_in_the_folder(checkpoint, tmp_path, ran):
-    """Catches a tokenizer's file that is not copied, and an entry of config.json that is lost or
-    changed: torch_dtype is that of the weights, others are for programs that we do not know."""
+def test_what_else_is_copied(checkpoint, tmp_path, ran):
+    """Catches a tokenizer file left behind, and an entry of config.json lost or changed: torch_dtype names the
+    dtype of the weights, others serve other programs."""
     source = write_checkpoint(tmp_path / "source", torch_dtype="bfloat16", use_cache=True, pad_token_id=None)
     for name, content in FILES.items():
         (source / name).write_text(content)
@@ -195,8 +193,8 @@ def test_what_else_is_in_the_folder(checkpoint, tmp_path, ran):
 
 
 def test_saving_over_a_model_leaves_none_of_it(checkpoint, tmp_path, ran):
-    """Catches old weights beside the new (loaders would take them), an old tokenizer, matrix or staging
-    folder, and files of the user's that go with them."""
+    """Catches old weights beside the new ones (loaders would take them), an old tokenizer, matrix or staging
+    folder, and the loss of a file of the user's."""
     pytest.importorskip("tokenizers", reason="optional package: only tokenizer.json needs it")
     out = copied(ran, checkpoint(), tmp_path / "out", method="cc", max_shard_size=5e-5)
     assert (out / "cctuning.safetensors").exists() and (out / "tokenizer.model").exists()
@@ -218,8 +216,8 @@ def test_saving_over_a_model_leaves_none_of_it(checkpoint, tmp_path, ran):
     {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
 ], ids=["llama, linear", "qwen2, tied"])
 def test_transformers_opens_what_we_save(tmp_path, ran, changes):
-    """Catches names, a config or an index that transformers does not understand, and any difference in
-    the decoder. Golden values have the other kinds."""
+    """Catches names, a config or an index that transformers does not understand, and a difference in the
+    decoder. The golden values cover other kinds."""
     transformers = pytest.importorskip("transformers", reason="optional package: only compared with")
     source = write_checkpoint(tmp_path / "source", **changes)
     ours = copied(ran, source, tmp_path / "ours", max_shard_size=2e-4)  # two shards
@@ -232,10 +230,10 @@ def test_transformers_opens_what_we_save(tmp_path, ran, changes):
 
 # --------------------------------------------------------------------------------- what is read
 
-def test_tensors_that_are_of_no_use(checkpoint, tmp_path, ran):
-    """Catches a refusal of what real checkpoints hold: lm_head.weight beside a tied embedding, which
-    counts, and the rotary buffers of old Llama files; and either of them in the result."""
-    buffers = {f"model.{place}rotary_emb.inv_freq": torch.rand(6) for place in ("", "layers.0.self_attn.")}
+def test_unused_tensors(checkpoint, tmp_path, ran):
+    """Catches the refusal of checkpoints with unused tensors: lm_head.weight beside a tied embedding, rotary
+    buffers of old Llama files. The result has neither."""
+    buffers = {f"model.{place}rotary_emb.inv_freq": torch.ones(6) for place in ("", "layers.0.self_attn.")}
     head = {"lm_head.weight": torch.zeros(512, 48)}
     for tied, more in ((False, buffers), (True, {**buffers, **head})):
         source = checkpoint(tie_word_embeddings=tied)
@@ -245,11 +243,10 @@ def test_tensors_that_are_of_no_use(checkpoint, tmp_path, ran):
 
 
 def test_checkpoint_of_the_papers_code(checkpoint, tmp_path, ran):
-    """Catches a Decision Maker that is refused or dropped under the name that the paper's code gives it,
-    or that stays under this name in the result."""
+    """Catches a Decision Maker refused or dropped under the name used by the paper's code, or saved under it."""
     decision_maker = torch.randn(4, 48, generator=torch.Generator().manual_seed(3)).bfloat16()
     folder = rewritten(checkpoint(), tmp_path / "paper", **{"model.source_select.weight": decision_maker})
-    out = copied(ran, folder, tmp_path / "out", method="cc", epochs=0)  # only a trained one gets a matrix
+    out = copied(ran, folder, tmp_path / "out", method="cc", epochs=0)  # needs a trained Decision Maker
     found = tensors(out)
     assert found.pop("decision_maker.weight").equal(decision_maker.float())
     matrix = found.pop("transform_matrix")
@@ -264,9 +261,8 @@ STRANGE = [("Nini\u2028mji\u2029mkuu\x85wa Kenya?", "What?", "Nairobi\u2028", "s
 
 @pytest.mark.parametrize("form", ["lines", "CRLF", "list"])
 def test_text_files(checkpoint, tmp_path, ran, form):
-    """Catches a byte order mark that is taken for text, in data and in a checkpoint's files; lines cut
-    at U+2028, which JSON allows in its strings; lines that end as on Windows; texts that are
-    stripped."""
+    """Catches a byte order mark read as text, in data or checkpoint files; lines split at U+2028, which JSON
+    allows inside strings; Windows line ends; stripped texts."""
     folder, data = shutil.copytree(checkpoint(), tmp_path / "model"), tmp_path / "data.json"
     (folder / "tokenizer_config.json").write_text("{}")
     lines = write_data(data, STRANGE).read_text(encoding="utf-8").split("\n")
@@ -286,8 +282,8 @@ def test_text_files(checkpoint, tmp_path, ran, form):
 
 
 def test_input_below_the_instruction(checkpoint, tmp_path, ran):
-    """Catches Alpaca's "input" that is left out, or joined otherwise, of prompt or English version.
-    Where the English version repeats the instruction, it is taken to have the same input."""
+    """Catches Alpaca's "input" left out of a prompt or its English version, or joined by something else. An
+    English version equal to the instruction gets the same input."""
     records = [{"instruction": "Nini?", "input": "mbili", "instruction_en": "What? two", "output": "tano"},
                {"instruction": "What?", "input": "three", "instruction_en": "What?", "output": "five"},
                {"instruction": "tatu?", "input": " ", "instruction_en": "three?", "output": "six"}]
@@ -303,8 +299,8 @@ def test_input_below_the_instruction(checkpoint, tmp_path, ran):
     assert all(row in rows for row in wanted)
 
 
-def test_one_file_goes_before_an_index(checkpoint, tmp_path):
-    """Catches weights taken from elsewhere than transformers takes them."""
+def test_one_file_before_an_index(checkpoint, tmp_path):
+    """Catches weights read from another file than transformers reads."""
     folder = rewritten(checkpoint(), tmp_path / "model", lambda name, tensor: 2 * tensor)
     weights = tensors(folder)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
@@ -316,9 +312,8 @@ def test_one_file_goes_before_an_index(checkpoint, tmp_path):
 
 
 @torch.no_grad()
-def test_positions_that_come_later(checkpoint):
-    """Catches an answer that outgrows what was made ready for its first tokens: rotary angles, mask,
-    cache."""
+def test_long_answers(checkpoint):
+    """Catches long answers that outgrow a table or mask sized for the prompt."""
     cc, reference = calls.open_model(checkpoint()), Reference(checkpoint())
     generator = torch.Generator().manual_seed(0)
     short, longer = (torch.randint(3, 400, (1, size), generator=generator) for size in (110, 300))
@@ -328,7 +323,7 @@ def test_positions_that_come_later(checkpoint):
 
 
 def test_a_process_reads_only_its_rows(checkpoint, monkeypatch):
-    """Catches a sharded load that reads whole tensors first, and rows taken from the wrong place."""
+    """Catches a sharded load that reads whole tensors, or takes rows from the wrong place."""
     opened = model.open_tensors
 
     class Rows:

@@ -29,7 +29,7 @@ def tokenizer(checkpoint):
 
 
 def spelt(tokenizer, ids):
-    """Ids as text in which control tokens stand by name."""
+    """Ids as text, with control tokens by name."""
     names, text, plain = {i: name for name, i in tokenizer.control.items()}, "", []
     for i in [*ids, None]:
         if i is None or i in names:
@@ -39,7 +39,7 @@ def spelt(tokenizer, ids):
     return text
 
 
-EXPECTED = {  # as design and paper spell them; SentencePiece's decoding drops the space before a text
+EXPECTED = {  # SentencePiece's decoding drops the space in front of a text
     "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\n{x}<|eot_id|>"
               "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "chatml": "<s><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -52,12 +52,12 @@ EXPECTED = {  # as design and paper spell them; SentencePiece's decoding drops t
 
 @pytest.mark.parametrize("template, kind", CASES)
 def test_prompt(tokenizer, template, kind):
-    """Catches a template that its control tokens do not tell, a prompt's text that is stripped, changed or
-    taken for a control token, a template's text that differs, and a BOS missing or doubled."""
+    """Catches a template not recognised by its control tokens, prompt text stripped, changed or turned into
+    control tokens, a wrong word in a template, and a missing or doubled BOS."""
     t = tokenizer(template, kind)
     assert t.template == template
     expected = EXPECTED[template]
-    if kind == "json" and template == "chatml":  # whose tokenizer_config.json says that there is no BOS
+    if kind == "json" and template == "chatml":  # its tokenizer_config.json sets no BOS
         expected = expected.removeprefix("<s>")
     for text in TEXTS:
         assert spelt(t, t.prompt(text)) == expected.replace("{x}", text)
@@ -65,8 +65,8 @@ def test_prompt(tokenizer, template, kind):
 
 @pytest.mark.parametrize("template", ["llama3", "chatml", "mistral", "plain"])
 def test_prompt_ids(checkpoint, tokenizer, template):
-    """Catches pieces joined or split elsewhere than at control tokens, which no decoding shows, and a
-    connection position or an end of turn that is another template's."""
+    """Catches text split into pieces at other places than control tokens (decoding does not show it), and a
+    wrong connection position or end of turn."""
     t = tokenizer(template)
     for text in TEXTS:
         ids, index, end = prompt_ids(checkpoint(template), text, template)
@@ -76,8 +76,8 @@ def test_prompt_ids(checkpoint, tokenizer, template):
 
 @pytest.mark.parametrize("template, kind", CASES)
 def test_connection_position_and_end_of_turn(tokenizer, template, kind):
-    """Catches a connection position that is not where the assistant's turn begins, and an answer that does
-    not end its turn, or whose text does."""
+    """Catches a connection position other than the start of the assistant's turn, an answer without its end of
+    turn, and answer text that ends the turn early."""
     t = tokenizer(template, kind)
     ids = t.prompt("Nini?")
     tail = ids[t.connection_index:]
@@ -94,8 +94,8 @@ def test_connection_position_and_end_of_turn(tokenizer, template, kind):
 
 @pytest.mark.parametrize("template, kind", CASES)
 def test_decode(tokenizer, template, kind):
-    """Catches control tokens shown in an answer, and ids beyond the tokenizer (embeddings are often padded)
-    that end the run."""
+    """Catches control tokens shown in an answer, and a crash on ids beyond the tokenizer (embeddings are often
+    padded)."""
     t = tokenizer(template, kind)
     for text in TEXTS[:2] + TEXTS[3:]:
         *ids, _ = t.answer(text)
@@ -103,10 +103,10 @@ def test_decode(tokenizer, template, kind):
     assert t.decode([]) == t.decode([511]) == ""
 
 
-# ------------------------------------------------------------- what the checkpoint's files say
+# ------------------------------------------------------------------------ the checkpoint's files
 
 def test_template_that_is_chosen(checkpoint, tmp_path):
-    """Catches another order than --template, config.json's own entry, the control tokens."""
+    """Catches a wrong order of precedence: --template, then config.json's cctuning entry, then control tokens."""
     folder = shutil.copytree(checkpoint("llama3"), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     assert [open_tokenizer(folder, given).template for given in (None, "plain")] == ["llama3", "plain"]
@@ -115,7 +115,7 @@ def test_template_that_is_chosen(checkpoint, tmp_path):
 
 
 def test_template_that_is_not_told(tmp_path):
-    """Catches [INST] as ordinary text silently answered in another template, and plain chosen unsaid."""
+    """Catches [INST] as ordinary text answered in a wrong template, and plain chosen without a notice."""
     folder = write_checkpoint(tmp_path / "model")
     assert "plain" in open_tokenizer(folder).notice
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "[INST] {{ x }} [/INST]"}))
@@ -125,7 +125,7 @@ def test_template_that_is_not_told(tmp_path):
 
 
 def rewritten(folder, config=None, **files):
-    """Replace files of a checkpoint folder; None removes one. config: changes to config.json."""
+    """Replace FILES.json in a checkpoint folder (None removes one), and change config.json."""
     for name, content in files.items():
         path = folder / f"{name}.json"
         path.unlink(missing_ok=True)
@@ -151,8 +151,8 @@ EOS = [  # template, kind, EOS of config.json, generation_config.json, tokenizer
 
 @pytest.mark.parametrize("template, kind, config, generation, own, end, others", EOS)
 def test_every_eos_stops(tmp_path, checkpoint, template, kind, config, generation, own, end, others):
-    """Catches an EOS of one of the three files that is not heeded, a list of which only the first is, and an
-    end of turn that is another than the template's, or than the tokenizer's own where that has none."""
+    """Catches an EOS ignored in one of the three files, a list cut to its first id, and an end of turn other
+    than the template's (or the tokenizer's EOS, if the template has none)."""
     if kind == "json":
         pytest.importorskip("tokenizers", reason=NEEDED)
     folder = shutil.copytree(checkpoint(template, kind), tmp_path / "model")
@@ -164,7 +164,7 @@ def test_every_eos_stops(tmp_path, checkpoint, template, kind, config, generatio
 
 
 def test_no_eos_at_all(tmp_path, checkpoint):
-    """Catches answers that no token could end."""
+    """Catches answers that no token can end."""
     pytest.importorskip("tokenizers", reason=NEEDED)
     folder = shutil.copytree(checkpoint("plain", "json"), tmp_path / "model")
     with pytest.raises(UserError, match="eos_token_id"):
@@ -183,7 +183,7 @@ BOS = [  # (tokenizer_config.json, config.json's bos_token_id, what a prompt beg
 
 @pytest.mark.parametrize("settings, config, begins", BOS, ids=str)
 def test_bos_of_a_tokenizer_json(tmp_path, checkpoint, settings, config, begins):
-    """Catches no BOS where tokenizer_config.json is missing, and one where it says that there is none."""
+    """Catches a missing BOS without tokenizer_config.json, and a BOS added against that file."""
     pytest.importorskip("tokenizers", reason=NEEDED)
     folder = shutil.copytree(checkpoint("plain", "json"), tmp_path / "model")
     t = open_tokenizer(rewritten(folder, {"bos_token_id": config}, tokenizer_config=settings))
@@ -191,7 +191,7 @@ def test_bos_of_a_tokenizer_json(tmp_path, checkpoint, settings, config, begins)
 
 
 def test_bos_that_the_template_begins_with(tmp_path):
-    """Catches two <|im_start|> in front where a checkpoint names it as its BOS, as SmolLM2 does."""
+    """Catches two <|im_start|> at the start of a prompt: SmolLM2 names it as its BOS."""
     pytest.importorskip("tokenizers", reason=NEEDED)
     folder = write_checkpoint(tmp_path / "model", "chatml", "json")
     tokenizer_json(folder, TEMPLATES["chatml"].control, bos="<|im_start|>")
@@ -200,7 +200,7 @@ def test_bos_that_the_template_begins_with(tmp_path):
 
 
 def test_added_token_that_is_not_special(tmp_path):
-    """Catches a prompt that can type such a token (a tool's tag), and an answer that loses it."""
+    """Catches prompt text that becomes an added token (such as a tool's tag), and answers that lose one."""
     tokenizers = pytest.importorskip("tokenizers", reason=NEEDED)
     folder = write_checkpoint(tmp_path / "model", "llama3", "json")
     tk = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -212,13 +212,13 @@ def test_added_token_that_is_not_special(tmp_path):
 
 
 def test_tokens_added_to_a_sentencepiece_vocabulary(tmp_path):
-    """Catches special tokens of tokenizer_config.json that are not found beside the vocabulary, others that
-    are taken for control tokens, and either that end the run when an answer has them."""
+    """Catches special tokens of tokenizer_config.json not found beside the vocabulary, ordinary ones taken for
+    control tokens, and a crash when an answer has any of them."""
     folder = write_checkpoint(tmp_path / "model")
     size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
     added = [("<|im_start|>", True), ("<|im_end|>", True), ("word", False)]
     added = {str(size + i): {"content": text, "special": special} for i, (text, special) in enumerate(added)}
-    added["5"] = {"content": "x", "special": True}  # an ordinary piece, says the vocabulary
+    added["5"] = {"content": "x", "special": True}  # but an ordinary piece in the vocabulary
     rewritten(folder, tokenizer_config={"added_tokens_decoder": added})
     t = open_tokenizer(folder)
     assert t.template == "chatml" and t.end_of_turn == size + 1
