@@ -1,5 +1,4 @@
 """Runs that are killed, stopped, starved of disk or fed with poison, and what they leave behind."""
-import json
 import os
 import re
 import shutil
@@ -14,21 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from conftest import (PAIRS, UNEVEN, at_step, json_lines, launch, logged, losses, same, tensors, training,
+from conftest import (UNEVEN, at_step, json_lines, launch, logged, losses, same, tensors, training,
                       worst_difference, write_checkpoint, write_data)
 from model import UserError, load_model
 
-command = partial(training, lr=1e-3, epochs=4, micro_batch=2, save_every=5, ridge=0.1)  # of 13 samples: 12 steps
+command = partial(training, lr=1e-3, epochs=4, micro_batch=2, save_every=5, ridge=0.1)  # 12 steps
 SMALL = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 48}
 INDEX = "model.safetensors.index.json"
-CHANGES = {  # options that change a result, and another value of each; None: another folder or file
+CHANGES = {  # options that change a result, and another value of each; None: said in the test
     "model": None, "data": None, "method": "sft", "epochs": 5, "batch_size": 5, "lr": 2e-3, "max_length": 100,
-    "template": "llama2", "seed": 1, "english_grad": True, "source_layer": 1, "fusion_layer": 1, "matrix_prompts": 3,
-    "ridge": 0.2, "dtype": "bfloat16"}
+    "template": "llama2", "seed": 1, "english_grad": True, "source_layer": 1, "fusion_layer": 1,
+    "matrix_prompts": 3, "ridge": 0.2, "dtype": "bfloat16"}
 FREE = {  # options that may be others when a run is resumed
-    "micro_batch": 6, "checkpoint_activations": True, "max_shard_size": 5e-5, "log_every": 1, "keep": 1, "save_every": 2,
-    "eval_data": None}
-OTHERS = {"out", "overwrite", "resume", "memory_plan", "per_language", "help"}
+    "micro_batch": 6, "checkpoint_activations": True, "max_shard_size": 5e-5, "log_every": 1, "keep": 1,
+    "save_every": 2}
+OTHERS = {"eval_data", "out", "overwrite", "resume", "memory_plan", "per_language", "help"}
+RELABELLED = [*UNEVEN[:3], (*UNEVEN[3][:3], "en"), *UNEVEN[4:]]  # the same text, a sample called English
 
 
 def files(folder):
@@ -43,7 +43,8 @@ def saved_steps(out):
 
 @pytest.fixture(scope="module")
 def runs(ran, run, tmp_path_factory):
-    """A run of 12 steps, `whole`, and the same stopped by a signal on its way, `stopped`. None of it is to be changed."""
+    """A run of 12 steps, `whole`, and the same stopped by a signal on its way, `stopped`. None of it is to be
+    changed."""
     base, steps = tmp_path_factory.mktemp("runs"), []
     model, data = write_checkpoint(base / "model", **SMALL), write_data(base / "data.jsonl", UNEVEN)
     ran(*command(model, data, base / "whole"))
@@ -56,9 +57,8 @@ def runs(ran, run, tmp_path_factory):
     result = run(*command(model, data, base / "stopped"))
     hook.remove()
     other = write_checkpoint(base / "other", seed=1, **SMALL)
-    changed = write_data(base / "changed.jsonl", [*UNEVEN[:3], (*UNEVEN[3][:3], "en"), *UNEVEN[4:]])  # a "lang"
-    return SimpleNamespace(model=model, data=data, whole=base / "whole", stopped=base / "stopped", result=result,
-                           others={"model": other, "data": changed, "eval_data": data})
+    return SimpleNamespace(model=model, other_model=other, data=data, whole=base / "whole",
+                           stopped=base / "stopped", result=result)
 
 
 @pytest.fixture
@@ -69,19 +69,19 @@ def go_on(runs, run, tmp_path):
     return lambda **options: run(*command(**{**given, **options}))
 
 
-# ---------------------------------------------------------------------------------------------------- stopped, resumed
+# ------------------------------------------------------------------------------------------- stopped, resumed
 
 def test_stopped_and_resumed(runs, go_on, tmp_path):
-    """Catches moments, step, order, noise or learning rate that are not what they were, a step left out or done twice,
-    lines of the log that are lost or stand twice, a checkpoint that was being written taken for a complete one, and a
-    log that is lost if the run dies while it is written anew."""
+    """Catches moments, step, order, noise or learning rate that are not what they were, a step left out or
+    done twice, lines of the log that are lost or stand twice, a checkpoint that was being written taken for a
+    complete one, and a log that is lost if the run dies while it is written anew."""
     code, said, _ = runs.result
     at = int(re.search(r"stopped after step (\d+) of 12, .* --resume", said)[1])
     assert code == 128 + signal.SIGTERM and at in (7, 8) and saved_steps(runs.stopped) == [5, at]
     assert logged(runs.stopped, "step").max() == at and not (runs.stopped / "config.json").exists()
     out = tmp_path / "out"
     with open(out / "train_log.jsonl", "a") as log:
-        log.write(f'{{"step": {at + 1}, "loss": 0.5}}\n{{"step": {at + 2}, "lo')  # of a run that was killed later
+        log.write(f'{{"step": {at + 1}, "loss": 0.5}}\n{{"step": {at + 2}, "lo')  # of a run killed later
     shutil.copytree(out / "checkpoints" / f"step-{at:07}", out / "checkpoints" / "step-0000011.tmp")
     os.link(out / "train_log.jsonl", tmp_path / "log")  # shows what becomes of the old file
     code, said, err = go_on()
@@ -96,7 +96,8 @@ def test_stopped_and_resumed(runs, go_on, tmp_path):
 
 def test_every_option_is_known(ran):
     """Catches a new option that the tables above do not name: may it be another when a run is resumed?"""
-    assert set(re.findall(r"^  (?:-h, )?--(\w+)", ran("train", "--help"), re.MULTILINE)) <= {*CHANGES, *FREE, *OTHERS}
+    there = re.findall(r"^  (?:-h, )?--(\w+)", ran("train", "--help"), re.MULTILINE)
+    assert "lr" in there and set(there) <= {*CHANGES, *FREE, *OTHERS}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -104,21 +105,25 @@ def test_what_may_not_change(runs, ran, go_on, tmp_path, name):
     """Catches a resumed run that is a mixture of two."""
     if f"--{name} " not in ran("train", "--help"):
         pytest.skip("no such option")
-    before = files(tmp_path / "out")
-    value = runs.others[name] if CHANGES[name] is None else CHANGES[name]
+    before, data = files(tmp_path / "out"), runs.data.read_bytes()
+    value = {"model": runs.other_model, "data": runs.data}.get(name, CHANGES[name])
     without = {"ridge": False} if name == "method" else {}  # of no use in plain fine-tuning
-    code, _, err = go_on(**{**without, name: value})
-    named = ("template", "data") if name == "template" else (name,)  # another template makes other ids of the data
-    assert code == 2 and any(f"another --{each} " in err for each in named) and err.count("\n") == 1, err
+    try:
+        if name == "data":
+            write_data(runs.data, RELABELLED)
+        code, _, err = go_on(**{**without, name: value})
+    finally:
+        runs.data.write_bytes(data)
+    name = "(template|data)" if name == "template" else name  # another template: other ids of the data
+    assert code == 2 and re.search(f"another --{name} ", err) and err.count("\n") == 1, err
     assert files(tmp_path / "out") == before
 
 
 def test_what_may_change(runs, go_on, tmp_path):
-    """Catches an option refused that changes no result, or one that changes it, and a --dtype that is compared as it is
-    written and not as it is meant."""
+    """Catches an option refused that changes no result, or one that changes it, and a --dtype that is
+    compared as it is written and not as it is meant."""
     meant = {} if torch.cuda.is_available() else {"dtype": False}  # on a CPU, float32 is the default
-    free = {name: runs.others[name] if value is None else value for name, value in FREE.items()}
-    code, said, err = go_on(**free, **meant)
+    code, said, err = go_on(**FREE, **meant, eval_data=runs.data)
     out = tmp_path / "out"
     assert code == 0 and "resumed after step" in said and saved_steps(out) == [12], err
     assert abs(losses(out) - losses(runs.whole)).max() < 1e-5
@@ -144,29 +149,32 @@ def test_overwriting_a_stopped_run(go_on, tmp_path):
     assert code == 0 and "resumed" not in said and not saved_steps(out) and len(losses(out)) == 3, err
 
 
-# ------------------------------------------------------------------------------------------------- finished, replaced
+# ----------------------------------------------------------------------------------------- finished, replaced
 
-def test_a_finished_run(runs, run, tmp_path):
-    """Catches a finished result that is replaced without --overwrite, by --resume with other options or data too, one
-    that is computed again, and one that is written over in place or keeps files of its own."""
-    out, kept = shutil.copytree(runs.whole, tmp_path / "out"), tmp_path / "kept"
-    before, given = files(out), {"model": runs.model, "data": runs.data, "out": out}
+def test_a_finished_run(runs, run, ran, tmp_path):
+    """Catches a finished result that is replaced without --overwrite, also by --resume with other options or
+    data, one that is computed again, and one that is written over in place or keeps files of its own."""
+    out, data, kept = tmp_path / "out", write_data(tmp_path / "data.jsonl", UNEVEN), tmp_path / "kept"
+    short = partial(command, runs.model, data, out, epochs=1)
+    ran(*short(save_every=3))
+    before = files(out)
     for options in ({}, {"lr": 2e-3}, {"resume": True, "lr": 2e-3}, {"resume": True, "matrix_prompts": 3},
-                    {"resume": True, "data": runs.others["data"]}):
-        code, _, err = run(*command(**{**given, **options}))
+                    {"resume": True, "changed": True}):
+        write_data(data, RELABELLED if options.pop("changed", False) else UNEVEN)
+        code, _, err = run(*short(**options))
         assert code == 2 and "--overwrite" in err and err.count("\n") == 1, err
         assert files(out) == before
-    code, said, _ = run(*command(**given, resume=True, keep=1, log_every=3))
-    assert code == 0 and "already" in said and files(out) == before
+    write_data(data, UNEVEN)
+    assert "already" in ran(*short(resume=True, keep=1, log_every=3)) and files(out) == before
     shutil.copytree(out, kept, copy_function=os.link)  # shows what becomes of the old files
-    code, _, err = run(*command(**given, overwrite=True, method="sft", ridge=False, save_every=False, epochs=1))
-    assert code == 0 and files(kept) == before, err
+    ran(*short(overwrite=True, method="sft", ridge=False, save_every=False))
+    assert files(kept) == before
     assert not (out / "cctuning.safetensors").exists() and not saved_steps(out) and len(losses(out)) == 3
 
 
 def test_killed_while_the_result_is_saved(runs, run, ran, tmp_path, monkeypatch):
-    """Catches a folder half replaced that loads as a model, and a resumed run that takes it for the result. What a kill
-    would leave is copied before each file is removed or moved into place."""
+    """Catches a folder half replaced that loads as a model, and a resumed run that takes it for the result.
+    What a kill would leave is copied before each file is removed or moved into place."""
     out, again, left = tmp_path / "out", {"resume": True, "overwrite": True}, []
     ran(*command(runs.model, runs.data, out, epochs=1, save_every=False, max_shard_size=6e-5))
     old = files(out)
@@ -211,10 +219,11 @@ def test_all_is_on_the_disk_before_it_is_renamed(runs, ran, tmp_path, monkeypatc
     monkeypatch.setattr(os, "rename", watched(os.rename))
     ran(*command(runs.model, runs.data, out, epochs=1, save_every=3))
     assert not early and {"checkpoints", "config.json", INDEX, "train_log.jsonl"} <= set(moved)
-    assert moved[-1] == INDEX and os.stat(out).st_ino in synced and os.stat(out / "checkpoints").st_ino in synced
+    assert moved[-1] == INDEX
+    assert all(os.stat(folder).st_ino in synced for folder in (out, out / "checkpoints"))
 
 
-# ----------------------------------------------------------------------------------------------------- what goes wrong
+# -------------------------------------------------------------------------------------------- what goes wrong
 
 @pytest.mark.parametrize("number, default", [(signal.SIGTERM, signal.SIG_DFL),
                                              (signal.SIGINT, signal.default_int_handler)])
@@ -245,23 +254,26 @@ def test_a_damaged_checkpoint(go_on, tmp_path):
     assert code == 0 and "resumed after step 5" in said, err
 
 
-@pytest.mark.parametrize("value, eps, found", [(float("inf"), 1e-6, "loss nan"), (1e-30, 1e-45, "gradient norm inf")])
+@pytest.mark.parametrize("value, eps, found", [
+    (float("inf"), 1e-6, "loss nan"), (1e-30, 1e-45, "gradient norm inf")])
 def test_poison(tmp_path, run, value, eps, found):
-    """Catches one broken sample that ruins every weight, by its loss or by its gradient alone, a matrix or a count that
-    is broken by it, and a run that skips for ever or pushes out a good checkpoint meanwhile."""
+    """Catches one broken sample that ruins every weight, by its loss or by its gradient alone, a matrix or a
+    count that is broken by it, and a run that skips for ever or pushes out a good checkpoint meanwhile."""
     folder, data = write_checkpoint(tmp_path / "model", rms_norm_eps=eps, **SMALL), tmp_path / "data.jsonl"
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][3 + 0xE2] = value  # the byte piece E2: no character of PAIRS has it
     save_file(weights, folder / "model.safetensors")
     poison = ("\u2620", "skull", "bones", "sw")
     write_data(data, [*UNEVEN, poison])
-    code, said, err = run(*command(folder, data, tmp_path / "out", seed=2))  # with this seed, it is in the matrix fit
-    assert code == 0 and said.count(" skipped: ") == 4 and "4 steps were skipped" in said, err  # once an epoch
-    assert all(found in line for line in said.splitlines() if " skipped: " in line)
-    log = logged(tmp_path / "out", "skipped")
-    assert log.sum() == 4 and len(log) == 12 and all(
-        "NaN" not in line for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines())
-    assert all(name.endswith("embed_tokens.weight") or t.isfinite().all() for name, t in tensors(tmp_path / "out").items())
+    out = tmp_path / "out"
+    code, said, err = run(*command(folder, data, out, seed=2))  # with this seed, it is in the matrix fit
+    assert code == 0 and "4 steps were skipped" in said, err  # once an epoch
+    lines = [line for line in said.splitlines() if " skipped: " in line]
+    assert len(lines) == 4 and all(found in line for line in lines)
+    assert sorted(logged(out, "skipped")) == [False] * 8 + [True] * 4
+    assert "NaN" not in (out / "train_log.jsonl").read_text()
+    found = tensors(out)
+    assert all(t.isfinite().all() for name, t in found.items() if not name.endswith("embed_tokens.weight"))
     write_data(data, [poison] * 13)
     code, _, err = run(*command(folder, data, tmp_path / "other"))
     assert code == 2 and str(data) in err and "10 steps" in err and err.count("\n") == 1
@@ -269,11 +281,12 @@ def test_poison(tmp_path, run, value, eps, found):
 
 
 def test_full_disk(tmp_path, run, runs):
-    """Catches a checkpoint that destroys the one before it, and a traceback, where the disk is full. A tmpfs that holds
-    one checkpoint, not two."""
+    """Catches a checkpoint that destroys the one before it, and a traceback, where the disk is full. A tmpfs
+    that holds one checkpoint, not two."""
     small = tmp_path / "small"
     small.mkdir()
-    size = sum(file.stat().st_size for file in (runs.whole / "checkpoints" / "step-0000012").iterdir()) * 3 // 2
+    one = runs.whole / "checkpoints" / "step-0000012"
+    size = sum(file.stat().st_size for file in one.iterdir()) * 3 // 2
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", small]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs more rights than this user has")
@@ -288,17 +301,17 @@ def test_full_disk(tmp_path, run, runs):
         subprocess.run(["umount", small])
 
 
-# --------------------------------------------------------------------------------------------------- several processes
+# ------------------------------------------------------------------------------------------ several processes
 
 KILL = at_step(10, "os.kill(os.getpid(), signal.SIGKILL)")
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(checkpoint, tmp_path):
-    """Catches moments, step, order of samples or noise that are not what they were: two processes, one of them killed
-    in step 10, are to end with the same bits as if nothing had happened. The checkpoint before is of an epoch's end,
-    written after validation: parameters that are still gathered would be saved without their moments. And the other
-    process waiting for ever."""
+    """Catches moments, step, order of samples or noise that are not what they were: two processes, one of
+    them killed in step 10, are to end with the same bits as if nothing had happened. The checkpoint before is
+    of an epoch's end, written after validation: parameters that are still gathered would be saved without
+    their moments. And the other process waiting for ever."""
     data, whole, killed = write_data(tmp_path / "data.jsonl", UNEVEN), tmp_path / "whole", tmp_path / "killed"
     settings = {"eval_data": data, "save_every": 3}
     assert launch(tmp_path, 2, [command(checkpoint(), data, whole, **settings)]).returncode == 0
@@ -316,7 +329,8 @@ def test_a_killed_run_goes_on(checkpoint, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("first, then", [(1, 2), (2, 1)])
 def test_another_number_of_processes(runs, tmp_path, first, then):
-    """Catches a checkpoint that only as many processes can read as wrote it, and moments given to another parameter."""
+    """Catches a checkpoint that only as many processes can read as wrote it, and moments given to another
+    parameter."""
     out = tmp_path / "out"
     if first == 1:
         shutil.copytree(runs.stopped, out)

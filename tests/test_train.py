@@ -16,14 +16,15 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import (PAIRS, ROOT, json_lines, logged, losses, reading, same, tensors, training, write_checkpoint,
-                      write_connection, write_data)
+from conftest import (PAIRS, ROOT, json_lines, logged, losses, reading, same, tensors, training,
+                      write_checkpoint, write_connection, write_data)
 from reference import Reference, gumbel, prompt_ids
 
 SAMPLES = [(own + end, english + end, answer + end, lang) for end in ("", " tano", " na mbili na tatu")
            for own, english, answer, lang in PAIRS][:12]
 SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-HELD = [("nani?", "who?", "mimi", "sw"), ("Wer?", "Who?", "ich und du und er und sie", "de"), ("who?", "who?", "I", "en")]
+HELD = [("nani?", "who?", "mimi", "sw"), ("Wer?", "Who?", "ich und du und er und sie", "de"),
+        ("who?", "who?", "I", "en")]
 RUNS = {  # what is trained, in steps of 4 of the 12 samples
     "llama3": {"template": "llama3", "seed": 3, "torch_dtype": "bfloat16"},
     "chatml": {"template": "chatml", "english_grad": True, "micro_batch": 3},
@@ -38,7 +39,8 @@ def noted(folder):
 
 
 def encoded(folder, pairs, template="plain"):
-    """(prompt, English prompt, answer with its end of turn, connection position from the prompt's end) of each pair."""
+    """(prompt, English prompt, answer with its end of turn, connection position from the prompt's end) of
+    each pair."""
     sp, rows = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), []
     for own, english, answer, _ in pairs:
         prompt, index, turn = prompt_ids(folder, own, template)
@@ -69,8 +71,8 @@ def mean_loss(model, rows, connection):
 
 
 def retrained(folder, rows, steps, rates, held, seed=0, method="cc", english_grad=False):
-    """The steps (lists of sample numbers) of a run, computed plainly: (model, [loss], [gradient norm], {step: held-out
-    loss}), the last after each third step."""
+    """The steps (lists of sample numbers) of a run, computed plainly: (model, [loss], [gradient norm], {step:
+    held-out loss}), the last after each third step."""
     model, found = Reference(folder), SimpleNamespace(losses=[], norms=[], held={})
     shape = model.config["num_hidden_layers"], model.config["hidden_size"]
     start = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -103,8 +105,8 @@ def trained(request, ran, tmp_path_factory):
     options, base = dict(RUNS[request.param]), tmp_path_factory.mktemp(request.param)
     template, dtype = options.pop("template"), options.pop("torch_dtype", "float32")
     folder, out = write_checkpoint(base / "model", template, torch_dtype=dtype), base / "out"
-    weights = {name: t.to(getattr(torch, dtype)) for name, t in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors")
+    weights, kind = load_file(folder / "model.safetensors"), getattr(torch, dtype)
+    save_file({name: t.to(kind) for name, t in weights.items()}, folder / "model.safetensors")
     options |= {} if options.get("method") == "sft" else {"ridge": 0.1}
     files = write_data(base / "data.jsonl", SAMPLES), write_data(base / "held.jsonl", HELD)
     with reading() as calls:
@@ -114,14 +116,14 @@ def trained(request, ran, tmp_path_factory):
     steps = [order[i:i + 4] for i in range(0, len(order), 4)]
     own = {name: options[name] for name in ("seed", "method", "english_grad") if name in options}
     model, expected = retrained(folder, rows, steps, logged(out, "lr"), held, **own)
-    return SimpleNamespace(folder=folder, out=out, options=options, template=template, dtype=getattr(torch, dtype),
-                           said=said, calls=calls, rows=rows, held=held, steps=steps, model=model, expected=expected)
+    return SimpleNamespace(folder=folder, out=out, options=options, template=template, said=said, calls=calls,
+                           rows=rows, held=held, steps=steps, model=model, expected=expected)
 
 
 def test_steps(trained):
-    """Catches a connection position that is the template's only by chance, a layer that is not the one drawn, noise
-    that repeats or is left out, a mean of means, gradients kept from the step before, other betas, weight decay,
-    clipping or rounding than documented, --english_grad or --seed without effect."""
+    """Catches a connection position that is the template's only by chance, a layer that is not the one drawn,
+    noise that repeats or is left out, a mean of means, gradients kept from the step before, other betas,
+    weight decay, clipping or rounding than documented, --english_grad or --seed without effect."""
     epochs = [trained.steps[i:i + 3] for i in range(0, len(trained.steps), 3)]
     assert len(epochs) == trained.options.get("epochs", 2)
     assert all(sorted(sum(epoch, [])) == list(range(12)) for epoch in epochs) and epochs[0] != epochs[1]
@@ -132,7 +134,8 @@ def test_steps(trained):
 
 
 def test_learning_rate(trained):
-    """Catches a warm-up that starts at zero, never ends or has another length, and a cosine that does not come down."""
+    """Catches a warm-up that starts at zero, never ends or has another length, and a cosine that does not
+    come down."""
     count, peak = len(trained.steps), 1e-2
     warm = math.ceil(count / 10)
     rest = [(1 + math.cos(math.pi * i / (count - warm))) / 2 for i in range(count - warm)]
@@ -141,8 +144,8 @@ def test_learning_rate(trained):
 
 
 def test_saved_weights(trained):
-    """Catches weights trained in the dtype they are stored in, or saved in another, a Decision Maker left out or
-    rounded, and a config.json that is not the old one."""
+    """Catches weights trained in the dtype they are stored in, or saved in another, a Decision Maker left out
+    or rounded, and a config.json that is not the old one."""
     found, stored = tensors(trained.out), tensors(trained.folder)
     for name, weight in trained.model.tensors.items():
         kept = stored[name].dtype if name in stored else torch.float32
@@ -158,26 +161,32 @@ def test_saved_weights(trained):
     assert index["metadata"]["total_size"] == sum(found[name].nbytes for name in stored)
 
 
-def fitted(model, rows, numbers, ridge):
-    """W (d, d) of these rows by the reference, in float64."""
+def pairs_of(model, rows):
+    """X and Y (L, N, d), float64, of the prompts in these rows and of their English versions."""
     with torch.no_grad():
-        x, y = (torch.cat([model.activations(rows[i][side], rows[i][3]) for i in numbers]).double() for side in (0, 1))
+        x = torch.stack([model.activations(prompt, index) for prompt, _, _, index in rows], 1)
+        y = torch.stack([model.activations(english, index) for _, english, _, index in rows], 1)
+    return x.double(), y.double()
+
+
+def fitted(model, rows, ridge):
+    """W (d, d) of these rows."""
+    x, y = (side.flatten(0, 1) for side in pairs_of(model, rows))
     penalty = ridge * x.square().sum() / x.shape[1] * torch.eye(x.shape[1])
     return torch.linalg.solve(x.T @ x + penalty, x.T @ y)
 
 
-def explained(model, rows, numbers, matrix):
-    """R^2 of each layer (L,) on these rows."""
-    with torch.no_grad():
-        x, y = (torch.stack([model.activations(rows[i][side], rows[i][3]) for i in numbers]).double() for side in (0, 1))
-    rest, spread = (y - x @ matrix).square().sum((0, 2)), (y - y.mean(0)).square().sum((0, 2))
-    return 1 - rest / spread
+def explained(model, rows, matrix):
+    """R^2 of each layer on these rows."""
+    x, y = pairs_of(model, rows)
+    rest, spread = (y - x @ matrix).square().sum((1, 2)), (y - y.mean(1, keepdim=True)).square().sum((1, 2))
+    return (1 - rest / spread).tolist()
 
 
 def test_matrix_and_validation(trained):
-    """Catches a matrix fitted at another position, on English prompts, from English to own language, without its ridge
-    or with what it is measured on, and a validation loss that is no mean over answer tokens, comes at other steps than
-    an epoch's last, or whose connection is not what it says."""
+    """Catches a matrix fitted at another position, on English prompts, from English to own language, without
+    its ridge or with what it is measured on, and a validation loss that is no mean over answer tokens, comes
+    at other steps than an epoch's last, or whose connection is not what it says."""
     model, method = trained.model, trained.options.get("method", "cc")
     each = [entry for entry in json_lines(trained.out / "train_log.jsonl") if "eval_loss" in entry]
     last = each.pop()["eval_loss"]
@@ -186,19 +195,21 @@ def test_matrix_and_validation(trained):
     assert {entry["step"]: entry["eval_loss"] for entry in each} == {
         step: {connections[0]: pytest.approx(loss, abs=1e-4)} for step, loss in trained.expected.held.items()}
     if method == "cc":
-        foreign = [prompt if own != english else [] for (prompt, *_), (own, english, *_) in zip(trained.rows, SAMPLES)]
-        prompts = found_in(trained.calls, foreign)  # of the fit, then those kept out of it: two of the ten
-        note, matrix = noted(trained.out)["matrix"], fitted(model, trained.rows, prompts[:8], 0.1)
-        assert (note["prompts"], note["held_out"], note["ridge"], len(set(prompts))) == (8, 2, 0.1, 10)
+        foreign = [row for row, pair in zip(trained.rows, SAMPLES, strict=True) if pair[0] != pair[1]]
+        order = found_in(trained.calls, [prompt for prompt, *_ in foreign])  # first the fit's, then others
+        fit, test = [foreign[i] for i in order[:8]], [foreign[i] for i in order[8:]]
+        note, matrix = noted(trained.out)["matrix"], fitted(model, fit, 0.1)
+        assert (note["prompts"], note["held_out"], note["ridge"], len(set(order))) == (8, 2, 0.1, 10)
         saved = tensors(trained.out)["transform_matrix"]
         assert saved.dtype == torch.float32 and (saved - matrix).abs().max() < 1e-3 * matrix.abs().max()
-        assert note["r_squared"] == pytest.approx(explained(model, trained.rows, prompts[8:], matrix).tolist(), abs=2e-3)
+        assert note["r_squared"] == pytest.approx(explained(model, test, matrix), abs=2e-3)
         model.tensors["transform_matrix"] = matrix.float()
     assert last == {c: pytest.approx(mean_loss(model, trained.held, c), abs=1e-4) for c in connections}
 
 
 def test_noted(trained):
-    """Catches a template, method or option that is forgotten with the run, and languages that infer.py cannot list."""
+    """Catches a template, method or option that is forgotten with the run, and languages that infer.py cannot
+    list."""
     note, method = noted(trained.out), trained.options.get("method", "cc")
     assert (note["template"], note["method"]) == (trained.template, method)
     assert all(note["arguments"][name] == value for name, value in trained.options.items())
@@ -209,12 +220,13 @@ def test_noted(trained):
     assert printed == sorted({*range(10, len(trained.steps), 10), len(trained.steps)})
 
 
-# ------------------------------------------------------------------------------------------------- options of training
+# ---------------------------------------------------------------------------------------- options of training
 
 @pytest.mark.parametrize("layer", [2, "random"])
 def test_layer_ablations(checkpoint, tmp_path, ran, layer):
-    """Catches a fixed layer that the Decision Maker overrules, a random one that is not drawn for each sample, one that
-    is forgotten when the matrix is fitted again, and a Decision Maker that is trained though it does not choose."""
+    """Catches a fixed layer that the Decision Maker overrules, a random one that is not drawn for each
+    sample, one that is forgotten when the matrix is fitted again, and a Decision Maker that is trained though
+    it does not choose."""
     data, one, two = write_data(tmp_path / "data.jsonl", PAIRS), tmp_path / "one", tmp_path / "two"
     ran(*training(checkpoint(), data, one, source_layer=layer, epochs=1))
     ran(*training(one, data, two, epochs=0, seed=5))
@@ -229,8 +241,9 @@ def test_layer_ablations(checkpoint, tmp_path, ran, layer):
 
 
 def test_bfloat16(checkpoint, tmp_path, ran):
-    """Catches a --dtype that computes in float32, weights that are trained or fitted in bfloat16, and a weight's copy
-    that the English pass made without a graph and that keeps its gradient from the own-language pass."""
+    """Catches a --dtype that computes in float32, weights that are trained or fitted in bfloat16, and a
+    weight's copy that the English pass made without a graph and that keeps its gradient from the own-language
+    pass."""
     data, out = write_data(tmp_path / "data.jsonl", SAMPLES), {}
     for dtype in ("float32", "bfloat16"):
         out[dtype] = tmp_path / dtype
@@ -241,19 +254,22 @@ def test_bfloat16(checkpoint, tmp_path, ran):
     for name, weight in low.items():
         assert weight.dtype == torch.float32 and not weight.equal(weight.bfloat16().float()), name
         start = before.get(name, 0)
-        moved = torch.nn.functional.cosine_similarity(*((t[name] - start).flatten() for t in (exact, low)), dim=0)
-        assert moved > 0.8, name
+        moves = [(t[name] - start).flatten() for t in (exact, low)]
+        assert torch.cosine_similarity(*moves, dim=0) > 0.8, name
 
 
 def test_checkpoint_activations(checkpoint, tmp_path, ran):
-    """Catches a layer that is not computed again, or an option that is parsed and then saves no memory: each product
-    with a weight is to be done twice, the head's once, with the same losses."""
+    """Catches a layer that is not computed again, or an option that is parsed and then saves no memory: each
+    product with a weight is to be done twice, the head's once, with the same losses."""
     data, counts = write_data(tmp_path / "data.jsonl", PAIRS), {}
     for option in (False, True):
         calls = counts[option] = Counter()
-        handle = torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda module, _, calls=calls: calls.update([module]) if isinstance(module, torch.nn.Linear) else None)
-        ran(*training(checkpoint(), data, tmp_path / str(option), method="sft", checkpoint_activations=option))
+
+        def count(module, _, calls=calls):
+            calls.update([module] * isinstance(module, torch.nn.Linear))
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+        out = tmp_path / str(option)
+        ran(*training(checkpoint(), data, out, method="sft", checkpoint_activations=option))
         handle.remove()
     assert sorted(counts[False].values()) == [2] * (4 * 7 + 1)  # steps
     assert sorted(counts[True].values()) == [2] + [4] * (4 * 7)
@@ -269,18 +285,18 @@ def test_same_seed_same_run(checkpoint, tmp_path, ran):
 
 
 def test_only_the_matrix(checkpoint, tmp_path, ran):
-    """Catches --epochs 0 that changes weights or the Decision Maker, a fit on English prompts, on too few, on the first
-    ones, on the same for every seed, or on what it is measured on (R^2 would be 1 here)."""
-    pairs = [(f"swali {i} {i * 7}" if i % 4 else f"question {i}", f"question {i}", "jibu", "en" if i % 8 == 4 else "")
-             for i in range(60)]
+    """Catches --epochs 0 that changes weights or the Decision Maker, a fit on English prompts, on too few, on
+    the first ones, on the same for every seed, or on what it is measured on (R^2 would be 1 here)."""
+    pairs = [(f"{'swali' if i % 4 else 'question'} {i}", f"question {i}", "jibu", "") for i in range(60)]
     data, model, read = write_data(tmp_path / "data.jsonl", pairs), tmp_path / "model", []
     ran(*training(checkpoint(), write_data(tmp_path / "few.jsonl", PAIRS), model, epochs=1))
     foreign = [prompt if i % 4 else [] for i, (prompt, *_) in enumerate(encoded(checkpoint(), pairs))]
     for seed in (0, 1):
+        out = tmp_path / f"{seed}"
         with reading() as calls:
-            ran(*training(model, data, tmp_path / f"{seed}", epochs=0, matrix_prompts=8, seed=seed))
+            ran(*training(model, data, out, epochs=0, matrix_prompts=8, seed=seed))
         read.append(found_in(calls, foreign))
-        note, before, after = noted(tmp_path / f"{seed}")["matrix"], tensors(model), tensors(tmp_path / f"{seed}")
+        note, before, after = noted(out)["matrix"], tensors(model), tensors(out)
         assert before.keys() == after.keys()
         assert [name for name in before if not before[name].equal(after[name])] == ["transform_matrix"]
         assert (note["prompts"], note["held_out"]) == (8, 9) and max(note["r_squared"]) < 0.9
@@ -289,12 +305,12 @@ def test_only_the_matrix(checkpoint, tmp_path, ran):
     assert set(read[0][:8]) != set(read[1][:8])
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------- data
 
 @pytest.mark.parametrize("batch_size", [4, 50, 200])
 def test_order(checkpoint, tmp_path, ran, batch_size):
-    """Catches samples lost or seen twice in an epoch, an order that repeats or follows length, and rows of very
-    different length together."""
+    """Catches samples lost or seen twice in an epoch, an order that repeats or follows length, and rows of
+    very different length together."""
     rng = np.random.default_rng(0)
     pairs = [(f"{i}", "x", "mbili " * int(n), "sw") for i, n in enumerate(rng.integers(1, 60, 150))]
     data, folder = write_data(tmp_path / "data.jsonl", pairs), checkpoint(**SMALL)
@@ -310,24 +326,29 @@ def test_order(checkpoint, tmp_path, ran, batch_size):
         assert abs(np.corrcoef(means, np.arange(37))[0, 1]) < 0.5
 
 
-LONG = [("fupi", "a longer question: " + "what? " * 9, "jibu refu " * 30, "sw"), ("fupi", "long " * 80, "jibu", "sw"),
-        ("ndefu " * 40, "short", "jibu", "sw"), ("nini " * 20, "what", "jibu", "sw")]  # rows of ids below
+LONG = [("fupi", "a longer question: " + "what? " * 9, "jibu refu " * 30, "sw"),
+        ("fupi", "long " * 80, "jibu", "sw"),
+        ("ndefu " * 40, "short", "jibu", "sw"),
+        ("nini " * 20, "what", "jibu", "sw")]
 
 
-@pytest.mark.parametrize("length, kept, cut", [(62, [0, 3], 1), (61, [3], 0), (43, [], 0), (44, [3], 1), (162, [0, 3], 1)])
+@pytest.mark.parametrize("length, kept, cut", [
+    (43, [], 0), (44, [3], 1), (61, [3], 0), (62, [0, 3], 1), (162, [0, 3], 1)])
 def test_lengths(checkpoint, tmp_path, run, length, kept, cut):
-    """Catches a prompt that is cut instead of left out, or kept without a token of its answer, an English prompt held
-    to the other language's length or left out at --max_length, an answer that is not cut there, and silence on it."""
+    """Catches a prompt that is cut instead of left out, or kept without a token of its answer, an English
+    prompt held to the other language's length or left out at --max_length, an answer that is not cut there,
+    and silence on it."""
     folder = checkpoint(**SMALL)
     rows = encoded(folder, LONG)
-    assert [len(own) for own, *_ in rows] == [6, 6, 163, 43] and len(rows[0][1]) == 62 and len(rows[3][2]) == 5
+    assert [len(own) for own, *_ in rows] == [6, 6, 163, 43]
+    assert [len(english) for _, english, *_ in rows] == [62, 323, 7, 6]
     with reading() as calls:
-        code, said, err = run(*training(folder, write_data(tmp_path / "data.jsonl", LONG), tmp_path / "out",
-                                        max_length=length, epochs=1))
+        data = write_data(tmp_path / "data.jsonl", LONG)
+        code, said, err = run(*training(folder, data, tmp_path / "out", max_length=length, epochs=1))
     assert sorted(found_in(calls[:3], [(own + answer)[:length] for own, _, answer, _ in rows])) == kept
     if kept:
-        assert f"{4 - len(kept)} of 4 samples dropped" in said and (f"{cut} answers cut at {length}" in said or not cut)
-        assert code == 0 and (cut or "cut at" not in said)
+        assert code == 0 and f"{4 - len(kept)} of 4 samples dropped" in said
+        assert re.findall(r"\d+ answers cut at \d+", said) == [f"{cut} answers cut at {length}"] * (cut > 0)
     else:
         assert code == 2 and f"all 4 prompts are too long for --max_length {length}" in err
 
@@ -343,32 +364,33 @@ def test_default_length(tmp_path, ran, limit, length):
 
 
 def test_schema(checkpoint, tmp_path, ran):
-    """Catches a JSON list read otherwise than JSON lines, an "input" that is lost in training or in answering, and
-    English samples that are not seen as such."""
+    """Catches a JSON list read otherwise than JSON lines, an "input" that is lost in training or in
+    answering, and English samples that are not seen as such."""
     folder = write_connection(write_checkpoint(tmp_path / "model", **SMALL))
     lines = [{"instruction": "Jibu:", "input": "2 + 3", "output": "5", "instruction_en": "Answer: 2 + 3"},
              {"instruction": "Answer:", "input": "2 + 3", "output": "5", "instruction_en": "Answer:"},
-             {"instruction": "Answer: 5", "output": "5", "instruction_en": "Say 5", "lang": "en", "input": " "}]
+             {"instruction": "Say: 5", "output": "5", "instruction_en": "Say 5", "lang": "en", "input": " "}]
     (tmp_path / "list.json").write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
     prompts = [prompt_ids(folder, text)[0] for text in
-               ("Jibu:\n2 + 3", "Answer:\n2 + 3", "Answer: 5", "Answer: 2 + 3", "Say 5")]
+               ("Jibu:\n2 + 3", "Answer:\n2 + 3", "Say: 5", "Answer: 2 + 3", "Say 5")]
     for name in ("list.json", "lines.jsonl"):
         with reading() as calls:
             ran(*training(folder, tmp_path / name, tmp_path / name[:4], epochs=1))
         assert {1, 3, 4} <= set(found_in(calls[:2], prompts))  # the English pass
         assert noted(tmp_path / name[:4])["matrix"]["prompts"] == 1
         with reading() as calls:
-            ran("infer", "--model", folder, "--input", tmp_path / name, "--connection=english", "--max_new_tokens=1")
+            ran("infer", "--model", folder, "--input", tmp_path / name, "--connection=english",
+                "--max_new_tokens=1")
         assert sorted(found_in(calls, prompts)) == [0, 1, 1, 2, 3, 4]
     assert same(tmp_path / "list", tmp_path / "line")
 
 
-# ------------------------------------------------------------------------------------------------------------ defaults
+# --------------------------------------------------------------------------------------------------- defaults
 
 DEFAULTS = {  # what --help and README.md promise
-    "out": "out", "max_shard_size": 5.0, "method": "cc", "epochs": 3, "batch_size": 128, "lr": 1e-5, "seed": 0,
-    "matrix_prompts": 1000, "ridge": 0.0, "micro_batch": 8, "keep": 2, "log_every": 10}
+    "out": "out", "max_shard_size": 5.0, "method": "cc", "epochs": 3, "batch_size": 128, "lr": 1e-5,
+    "seed": 0, "matrix_prompts": 1000, "ridge": 0.0, "micro_batch": 8, "keep": 2, "log_every": 10}
 
 
 def promised(ran):
@@ -393,8 +415,8 @@ def test_defaults(checkpoint, tmp_path, ran, monkeypatch):
 
 
 def test_embedded_defaults(checkpoint, tmp_path, ran, run, stop_at):
-    """Catches other settings for the run without --model and --data than --help says, and one that replaces another
-    model than an earlier one's."""
+    """Catches other settings for the run without --model and --data than --help says, and one that replaces
+    another model than an earlier one's."""
     given = dict(re.findall(r"--(\w+) (\S+)", promised(ran)["data"]))
     assert {name: float(value) for name, value in given.items()} == {
         "epochs": 2, "batch_size": 32, "micro_batch": 32, "lr": 1e-4}
