@@ -134,7 +134,8 @@ def write_parrot(folder, says, **changes):
         for piece, following in zip([ending + "\n", *pieces], [*pieces, "</s>"], strict=True):
             chances = following if isinstance(following, dict) else {following: 1.0}
             for text in piece if isinstance(piece, dict) else [piece]:
-                after.setdefault(text, chances)
+                if text != "</s>":
+                    after.setdefault(text, chances)
     width, size = 8 * (len(after) // 8 + 1), 512 + 2 * len(after)
     write_checkpoint(folder, num_hidden_layers=2, hidden_size=width, vocab_size=size, **changes)
     sentencepiece_model(folder / "tokenizer.model", whole=[text for text in after if not text.startswith("<0x")])

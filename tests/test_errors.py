@@ -3,10 +3,12 @@
 Each row of the tables below is a case: what is wrong; what the message must name; then the changes that
 make a good folder bad, such as remove(CONFIG), and the options to add to the command.
 """
+import io
 import json
 import runpy
 import shutil
 import sys
+import types
 
 import pytest
 import torch
@@ -218,6 +220,8 @@ INPUT = [  # infer.py --input={data}
      "--connection=english"),
     ("no English version", "data.jsonl:2", connection(), lines(GOOD, {"instruction": "Nini?"}),
      "--connection=english"),
+    ("a number for a language", 'data.jsonl:1: "lang"', lines({**GOOD, "lang": 7})),
+    ("a number for an input", 'data.jsonl:1: "input"', lines({**GOOD, "input": 7})),
     ("a line too long", "data.jsonl:2", lines(GOOD, {"instruction": "neno " * 300})),
     ("an English version for a whole file", "--prompt_en", "--prompt_en=hi"),
     ("output is the input", "data.jsonl", "--output={data}"),
@@ -339,6 +343,17 @@ def test_options_out_of_range(run, script, option):
     code, _, err = run(script, option)
     message = f"{script}.py: error: argument {option.split('=')[0]}: "
     assert code == 2 and err.splitlines()[-1].startswith(message), err
+
+
+@pytest.mark.parametrize("given, culprit", [
+    (b"", "standard input: is empty"), (b"Nini?\n\xff", "standard input: not UTF-8"),
+    (b"Nini?\n\nx", "standard input:2"), (b"x\n" + b"neno " * 300, "standard input:2")],
+    ids=["nothing", "not UTF-8", "an empty line", "a long line"])
+def test_bad_standard_input(checkpoint, run, monkeypatch, given, culprit):
+    """Catches an answer to nothing, and a message without the line."""
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(given)))
+    code, out, err = run("infer", "--model", checkpoint(), "--prompt=-", "--max_new_tokens=2")
+    assert code == 2 and not out and err.startswith(f"error: {culprit}") and err.count("\n") == 1, err
 
 
 def test_figures_without_the_package(checkpoint, tmp_path, run, monkeypatch):

@@ -413,8 +413,10 @@ def test_which_items(score, tmp_path):
     everything, _, answers = score(["model"], "bench", "--tasks=XNLI", "--langs=zh,sw", "--limit=2")
     assert [(row["task"], row["lang"], row["items"], row["scores"]) for row in everything["results"]] == [
         ("XNLI", lang, 2, {"accuracy": 1}) for lang in ("zh", "sw")]
-    assert [(a["instruction"], a["gold"], a["scores"]) for a in answers["model"]["XNLI/sw.jsonl"]] == [
-        ("moja?", ["1"], {"accuracy": 1}), ("mbili?", ["2"], {"accuracy": 1})]
+    assert answers["model"]["XNLI/sw.jsonl"] == [
+        {"instruction": f"{word}?", "answer": number, "choice": number, "gold": [number],
+         "scores": {"accuracy": 1}, "layer": None} for word, number in (("moja", "1"), ("mbili", "2"))]
+    assert everything["arguments"]["limit"] == 2 and everything["arguments"]["langs"] == "zh,sw"
 
 
 @torch.no_grad()
@@ -462,6 +464,27 @@ def test_long_prompts_are_shortened_in_the_middle(score, tmp_path):
     assert everything["results"][0]["shortened"] == 1 and "model: 1 prompts were shortened to fit" in out
 
 
+@torch.no_grad()
+def test_options_of_the_engine(score, tmp_path):
+    """Catches a --dtype, a --template or a --batch_size that eval.py ignores."""
+    folder = write_checkpoint(tmp_path / "model", "chatml", seed=4)
+    write_task(tmp_path / "bench", "facts", "sw", [(own, "x") for own, *_ in PAIRS[:3]])
+    seen = set()
+
+    def look(module, given):
+        if isinstance(module, torch.nn.Embedding) and given[0].dim() == 2:
+            seen.add((module.weight.dtype, len(given[0])))
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    options = ("--dtype=bfloat16", "--batch_size=3", "--max_new_tokens=1")
+    score(["model"], "bench", *options)
+    hook.remove()
+    assert seen == {(torch.bfloat16, 3)}
+    _, _, answers = score(["model"], "bench", "--template=plain", "--max_new_tokens=4")
+    for row, (own, *_) in zip(answers["model"]["facts/sw.jsonl"], PAIRS, strict=False):
+        ids, _, turn = prompt_ids(folder, own)
+        assert row["answer"] == text_of(folder, Reference(folder).answer(ids, 4, {turn}))
+
+
 def test_defaults(tmp_path, run, monkeypatch):
     """Catches another length of answers than --help says, another folder for results, and a model in
     `out`, just trained, that is not the one scored."""
@@ -473,6 +496,7 @@ def test_defaults(tmp_path, run, monkeypatch):
     code, out, err = run("eval", "--data", "bench")
     assert code == 0 and err.splitlines()[0] == "model: out"
     assert out.endswith("results and answers are in out/eval\n")
+    assert "answering as a plain model" in err
     row, = json_lines(tmp_path / "out" / "eval" / "answers" / "out" / "facts" / "sw.jsonl")
     assert row["answer"] == "ha" * 32
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import eval  # noqa: F401 (both stay imported, whatever `elsewhere` does)
 import infer  # noqa: F401
-from conftest import PAIRS, ROOT, json_lines, text_of, write_checkpoint, write_connection, write_parrot
+from conftest import (PAIRS, ROOT, json_lines, reading, text_of, write_checkpoint, write_connection,
+                      write_parrot)
 from reference import Reference, prompt_ids
 
 TEMPLATES = ["llama3", "chatml", "mistral"]  # they connect at the last token, before it, and in the text
@@ -131,10 +132,54 @@ def test_default_connection(connected, ask, tmp_path, run):
              for option in ([], ["--connection=matrix"], ["--connection=none"])]
     assert texts[0] == texts[1] != texts[2]
     plain = write_checkpoint(tmp_path / "plain", "chatml")
+    command = ("infer", "--model", plain, "--prompt=hello", "--max_new_tokens=3")
     for lacks in ("no cctuning.safetensors", "no Transform Matrix"):
-        code, _, err = run("infer", "--model", plain, "--prompt", "hello", "--max_new_tokens", 3)
+        code, _, err = run(*command)
         assert code == 0 and err.count("\n") == 1 and lacks in err and "answering as a plain model" in err
         save_file({"decision_maker.weight": torch.zeros(4, 48)}, plain / "cctuning.safetensors")
+    assert run(*command, "--connection=english", "--prompt_en=hi")[0] == 0  # this needs no matrix
+
+
+@torch.no_grad()
+def test_english_version_of_a_line_with_input(connected, ask):
+    """Catches an "input" that is appended to an English version of its own, or left out where the English
+    version only repeats the instruction."""
+    folder = connected("llama3")
+    for english, whole in (("Which capital?", "Which capital?"), ("Nini?", "Nini?\nMji mkuu")):
+        record = {"instruction": "Nini?", "input": "Mji mkuu", "instruction_en": english}
+        answer, = ask(folder, [record], "--connection=english", "--explain", "--max_new_tokens=3")
+        _, chances = expected_answer(folder, "llama3", "Nini?\nMji mkuu", whole, "english", 3)
+        assert answer["probabilities"] == pytest.approx(chances, abs=1e-4)
+
+
+@torch.no_grad()
+def test_template_option(connected, ask):
+    """Catches a --template that is ignored, and one that the checkpoint's control tokens overrule."""
+    folder = connected("chatml")
+    answers = ask(folder, RECORDS[:3], "--template=plain", "--explain", "--max_new_tokens=5")
+    for record, answer in zip(RECORDS, answers, strict=False):
+        text, chances = expected_answer(folder, "plain", record["instruction"], count=5)
+        assert answer["answer"] == text and answer["probabilities"] == pytest.approx(chances, abs=1e-4)
+
+
+@pytest.mark.parametrize("option, rows", [([], 16), (["--batch_size=5"], 5)])
+def test_batch_size(dice, ask, option, rows):
+    """Catches a --batch_size that is ignored, and another default."""
+    with reading() as calls:
+        ask(dice, [{"instruction": "Really?"}] * 20, "--max_new_tokens=1", *option)
+    assert max(len(call) for call in calls if isinstance(call[0], list)) == rows
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_connection_costs_a_few_tokens(connected, run, template):
+    """Catches a second pass over the whole prompt: only the tokens from the connection position on are
+    run again."""
+    folder, prompt = connected(template), "Nini mji mkuu wa Kenya, na wa India? " * 3
+    with reading() as calls:
+        code, _, _ = run("infer", "--model", folder, "--prompt", prompt, "--max_new_tokens=1")
+    looked_up = sum(len(row) if isinstance(row, list) else 1 for call in calls for row in call)
+    ids, index, _ = prompt_ids(folder, prompt, template)
+    assert code == 0 and len(ids) <= looked_up <= len(ids) - index + 1  # the Decision Maker takes one more
 
 
 def test_stops_at_every_eos(tmp_path, ask):
@@ -172,18 +217,20 @@ def test_length_of_prompts(tmp_path, run, room, code):
 
 # ----------------------------------------------------------------------------------------------- sampling
 
-CHANCES = {"yes": 0.5, "no": 0.25, "maybe": 0.15, "never": 0.1}
+CHANCES = {"yes": 0.5, "no": 0.25, "maybe": 0.17, "never": 0.08}
 
 
 @pytest.fixture(scope="module")
 def dice(tmp_path_factory):
-    """A checkpoint that answers by chance."""
-    return write_parrot(tmp_path_factory.mktemp("dice") / "model", {"Really?": CHANCES})
+    """A checkpoint that answers by chance: Really? in one token, Again? in one or three."""
+    return write_parrot(tmp_path_factory.mktemp("dice") / "model", {
+        "Really?": CHANCES,
+        "Again?": [{"so": 0.5, "not": 0.5}, {"it": 0.5, "</s>": 0.5}, {"is": 0.5, "was": 0.5}]})
 
 
-def throw(ask, folder, *options, count=800):
+def throw(ask, folder, *options, count=800, question="Really?"):
     """The answers to the same question, asked `count` times."""
-    records = [{"instruction": "Really?"}] * count
+    records = [{"instruction": question}] * count
     return [line["answer"] for line in ask(folder, records, "--batch_size=800", *options)]
 
 
@@ -220,12 +267,13 @@ def test_seed(dice, ask, run):
     """Catches draws that cannot be repeated, that are the same for every prompt or every seed, or that
     depend on other prompts and on the size of a batch."""
     hot = "--temperature=2"
-    first = throw(ask, dice, hot, count=60)
-    assert throw(ask, dice, hot, "--seed=0", "--batch_size=7", count=60) == first
-    assert throw(ask, dice, hot, count=90)[:60] == first
-    assert len(set(first)) == 4
-    other = throw(ask, dice, hot, "--seed=1", count=60)
-    assert 15 < sum(a != b for a, b in zip(first, other, strict=True)) < 59
+
+    def answers(*options, count=60):
+        return throw(ask, dice, hot, *options, count=count, question="Again?")
+    first = answers()
+    assert set(first) == {"so", "soitis", "soitwas", "not", "notitis", "notitwas"}
+    assert answers("--seed=0", "--batch_size=7") == first == answers(count=90)[:60]
+    assert 25 < sum(a != b for a, b in zip(first, answers("--seed=1"), strict=True)) < 60
     alone = [run("infer", "--model", dice, "--prompt=Really?", hot, f"--seed={seed}") for seed in range(40)]
     assert {out for _, out, _ in alone} == {text + "\n" for text in CHANCES}
 
