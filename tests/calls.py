@@ -5,12 +5,13 @@ Shapes are those of cctuning.py: B prompts, T tokens, L layers, d hidden size, V
 right-padded.
 """
 import math
+from types import SimpleNamespace
 
 import torch
 
 import model
 from cctuning import Batch, CCTuning, MatrixSums
-from cctuning import r_squared as layer_r_squared
+from cctuning import r_squared as r_squared_of_layers
 from model import load_model, new_cache
 
 
@@ -69,12 +70,8 @@ def answer(cc, ids, lengths, count, index=-1, connection="none", english=None):
 
 def transform(matrix, activations):
     """H W of H (L, B, d), as answering computes it."""
-    return CCTuning.transform(_Matrices(matrix), activations, ["shared"] * activations.shape[1])
-
-
-class _Matrices:
-    def __init__(self, matrix):
-        self.matrices = {"shared": matrix}
+    cc = SimpleNamespace(matrices={"shared": matrix})
+    return CCTuning.transform(cc, activations, ["shared"] * activations.shape[1])
 
 
 def fit(x, y, ridge=0.0, batch=7):
@@ -87,7 +84,7 @@ def fit(x, y, ridge=0.0, batch=7):
 
 def r_squared(matrix, x, y):
     """Per layer (L,)."""
-    return layer_r_squared(matrix, x, y)
+    return r_squared_of_layers(matrix, x, y)
 
 
 @torch.no_grad()
