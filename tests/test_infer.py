@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import eval  # noqa: F401 (both stay imported, whatever `elsewhere` does)
 import infer  # noqa: F401
-from conftest import (PAIRS, ROOT, json_lines, reading, text_of, write_checkpoint, write_connection,
-                      write_parrot)
+from conftest import (PAIRS, ROOT, json_lines, reading, sentencepiece_model, text_of, write_checkpoint,
+                      write_connection, write_parrot)
 from reference import Reference, prompt_ids
 
 TEMPLATES = ["llama3", "chatml", "mistral"]  # they connect at the last token, before it, and in the text
@@ -58,7 +58,7 @@ def ask(run, tmp_path):
 RECORDS = [{"instruction": own, "instruction_en": english, "lang": lang} for own, english, _, lang in PAIRS]
 
 
-def expected_answer(folder, template, own, english=None, connection="matrix", count=12):
+def expected_answer(folder, template, own, english=None, connection="matrix", count=12, stop=STOP):
     """(text, the Decision Maker's probabilities or None) by the reference: greedy, without a cache."""
     reference = Reference(folder)
     ids, index, turn = prompt_ids(folder, own, template)
@@ -69,7 +69,7 @@ def expected_answer(folder, template, own, english=None, connection="matrix", co
         activations = reference.activations(english or ids, index)
         activations = activations if english else activations @ reference.tensors["transform_matrix"]
         probabilities = reference.scores(activations, ids[index]).softmax(-1).tolist()
-    return text_of(folder, reference.answer(ids, count, {turn, *STOP}, vector, index)), probabilities
+    return text_of(folder, reference.answer(ids, count, {turn, *stop}, vector, index)), probabilities
 
 
 # -------------------------------------------------------------------------------------- the right answers
@@ -90,6 +90,21 @@ def test_answers_equal_the_reference(connected, ask, template, connection):
         assert answer["probabilities"] == (chances and pytest.approx(chances, abs=1e-4))
         assert answer["layer"] == (chances and chances.index(max(chances)))
     assert len({answer["answer"] for answer in answers}) > 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("connection", CONNECTIONS)
+def test_a_role_of_several_pieces(tmp_path, ask, connection):
+    """Catches a connection position of ChatML that is fixed: with SmolLM2's tokenizer it is three from
+    the end."""
+    folder = write_connection(write_checkpoint(tmp_path / "model", "chatml", seed=6))
+    sentencepiece_model(folder / "tokenizer.model", ["<|im_start|>", "<|im_end|>"], whole=[" assist"])
+    assert prompt_ids(folder, "Nini?", "chatml")[1] <= -3
+    answers = ask(folder, RECORDS[:3], "--connection", connection, "--explain", "--max_new_tokens=6")
+    for (own, english, *_), answer in zip(PAIRS, answers, strict=False):
+        text, chances = expected_answer(folder, "chatml", own, english, connection, 6, stop=[2])
+        assert answer["answer"] == text
+        assert answer["probabilities"] == (chances and pytest.approx(chances, abs=1e-4))
 
 
 @torch.no_grad()
