@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 import types
 from collections import Counter
@@ -120,23 +121,20 @@ def test_answers_of_other_models(connected, ask, changes):
 def test_dtype(connected, ask, tmp_path):
     """Catches a --dtype that is ignored, a default other than the dtype of the stored weights, and a
     product in half precision that is far off."""
-    folder = tmp_path / "half"
-    folder.mkdir()
-    for file in connected("chatml").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = shutil.copytree(connected("chatml"), tmp_path / "half")
     weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    added = load_file(folder / "cctuning.safetensors")
+    save_file({name: tensor / 8 for name, tensor in added.items()}, folder / "cctuning.safetensors")
 
     def chances(*options):
         lines = ask(folder, RECORDS[:3], "--explain", "--max_new_tokens=1", *options)
         return torch.tensor([line["probabilities"] for line in lines])
-    exact, expected = chances("--dtype=float32"), [
-        expected_answer(folder, "chatml", record["instruction"], count=1)[1] for record in RECORDS[:3]]
+    expected = [expected_answer(folder, "chatml", own, count=1)[1] for own, *_ in PAIRS[:3]]
+    exact, bfloat16, float16 = (chances(f"--dtype={name}") for name in ("float32", "bfloat16", "float16"))
     assert (exact - torch.tensor(expected)).abs().max() < 1e-4
-    for dtype in ("bfloat16", "float16"):
-        assert 1e-5 < (chances(f"--dtype={dtype}") - exact).abs().max() < 0.2
-    assert (chances() == chances("--dtype=bfloat16")).all()
-    assert (chances("--dtype=float16") != chances("--dtype=bfloat16")).any()
+    assert 1e-6 < (float16 - exact).abs().max() < 0.005 and 1e-5 < (bfloat16 - exact).abs().max() < 0.1
+    assert (chances() == bfloat16).all()
 
 
 def test_default_connection(connected, ask, tmp_path, run):
