@@ -264,16 +264,16 @@ def test_cold_is_greedy(dice, ask):
         assert set(throw(ask, dice, *option, count=60)) == {"yes"}
 
 
-@pytest.mark.parametrize("top_p, kept", [
-    (0.0, 1), (0.4, 1), (0.6, 2), (0.8, 3), (0.95, 4), (1.0, 4), (None, 4)])
-def test_top_p(dice, ask, top_p, kept):
-    """Catches a token too many or too few among those with the probability top_p together, a default that
-    leaves some out, and what is left not drawn in proportion."""
+@pytest.mark.parametrize("temperature, top_p, kept", [
+    (1, 0.0, 1), (1, 0.4, 1), (1, 0.6, 2), (1, 0.8, 3), (1, 0.95, 4), (1, None, 4), (2, 0.7, 3), (0.5, 0.6, 1)])
+def test_top_p(dice, ask, temperature, top_p, kept):
+    """Catches a token too many or too few among those with the probability top_p together (at this
+    temperature), a default that leaves some out, and what is left not drawn in proportion."""
     option = [] if top_p is None else [f"--top_p={top_p}"]
-    found = Counter(throw(ask, dice, "--temperature=1", *option))
-    assert set(found) == set(list(CHANCES)[:kept])
-    p = 0.5 / sum(list(CHANCES.values())[:kept])
-    assert abs(found["yes"] / 800 - p) <= 4 * math.sqrt(p * (1 - p) / 800)
+    found = Counter(throw(ask, dice, f"--temperature={temperature}", *option))
+    left = list(CHANCES)[:kept]
+    p = 0.5 ** (1 / temperature) / sum(CHANCES[text] ** (1 / temperature) for text in left)
+    assert set(found) == set(left) and abs(found["yes"] / 800 - p) <= 4 * math.sqrt(p * (1 - p) / 800)
 
 
 def test_seed(dice, ask, run):
@@ -293,18 +293,20 @@ def test_seed(dice, ask, run):
 
 # --------------------------------------------------------------------------------------- the command line
 
-def test_prompt_streams(connected, run):
+@torch.no_grad()
+def test_prompt_streams(tmp_path, run):
     """Catches a stream that loses spaces or differs from the answer in one piece, and --explain without
     its layer."""
-    folder = connected("llama3")
-    text, chances = expected_answer(folder, "llama3", PAIRS[0][0], count=40)
-    command = ["infer", "--model", folder, "--prompt", PAIRS[0][0], "--max_new_tokens=40"]
-    assert run(*command)[:2] == (0, text + "\n")
+    folder, (own, english, *_) = write_checkpoint(tmp_path / "model", "llama3", seed=4), PAIRS[0]
+    write_connection(folder)
+    text, chances = expected_answer(folder, "llama3", own, count=40, stop=[2])
+    command = ["infer", "--model", folder, "--prompt", own, "--max_new_tokens=40"]
+    assert len(text) > 40 and run(*command)[:2] == (0, text + "\n")
     explained = (f"[connection matrix: from layer {chances.index(max(chances))} of 0-3; "
                  f"probabilities {' '.join(f'{p:.2f}' for p in chances)}]\n")
     assert run(*command, "--explain")[:2] == (0, explained + text + "\n")
-    text, _ = expected_answer(folder, "llama3", *PAIRS[0][:2], "english", 9)
-    found = run(*command[:5], "--prompt_en", PAIRS[0][1], "--connection=english", "--max_new_tokens=9")
+    text, _ = expected_answer(folder, "llama3", own, english, "english", 9, stop=[2])
+    found = run(*command[:5], "--prompt_en", english, "--connection=english", "--max_new_tokens=9")
     assert found[:2] == (0, text + "\n")
     code, out, _ = run(*command, "--explain", "--connection=none")
     assert code == 0 and out.splitlines()[0] == "[unconnected]"
