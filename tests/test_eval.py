@@ -272,6 +272,16 @@ def test_options_of_real_prompts(score, tmp_path, task):
     assert (said in out) == (task == "XNLI")
 
 
+def test_unparsed_answers_of_each_column(score, tmp_path):
+    """Catches answers without an option that are counted for another column, or not said."""
+    write_parrot(tmp_path / "clear", {"?": "2"})
+    write_parrot(tmp_path / "vague", {"?": "perhaps"})
+    write_task(tmp_path / "bench", "XNLI", "sw", [("Gani?", "1")] * 3)
+    everything, out, _ = score(["clear", "vague"], "bench")
+    assert [row["unparsed"] for row in everything["results"]] == [0, 3]
+    assert "vague: 3 answers named no option" in out and "clear: " not in out
+
+
 def test_scores_of_each_task(score, tmp_path):
     """Catches a task scored by another's metric, a gold scored against itself, the worst of several
     golds, articles of another language, and a score that is not the mean over items."""
@@ -514,14 +524,14 @@ def test_figures(score, tmp_path, monkeypatch):
     for name, says in (("a", "1"), ("b", "2")):
         write_parrot(tmp_path / name, {"?": says})
     write_connection(tmp_path / "b")
-    for lang, right in (("hi", 3), ("sw", 7)):
+    for lang, right in (("hi", 1), ("sw", 8)):
         items = [("Gani?", "1")] * right + [("Gani?", "2")] * (10 - right)
         write_task(tmp_path / "bench", "XNLI", lang, items)
     everything, _, answers = score(["a", "b"], "bench", "--plot", "figures")
     assert all((tmp_path / "figures" / name).stat().st_size > 1000 for name in ("scores.png", "layers.png"))
     axes, = drawn["scores.png"].axes
     assert [text.get_text() for text in axes.get_xticklabels()] == ["hi", "sw"]
-    assert [bar.get_height() for bar in axes.patches] == pytest.approx([30, 70, 70, 30])
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([10, 80, 90, 20])
     ends = [segment[:, 1] for lines in axes.collections for segment in lines.get_segments()]
     intervals = [summary(everything, "XNLI", lang)[i]["interval"] for i in (0, 1) for lang in ("hi", "sw")]
     assert [list(end / 100) for end in ends] == [pytest.approx(interval) for interval in intervals]
