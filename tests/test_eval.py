@@ -277,8 +277,8 @@ def test_unparsed_answers_of_each_column(score, tmp_path):
     write_parrot(tmp_path / "clear", {"?": "2"})
     write_parrot(tmp_path / "vague", {"?": "perhaps"})
     write_task(tmp_path / "bench", "XNLI", "sw", [("Gani?", "1")] * 3)
-    everything, out, _ = score(["clear", "vague"], "bench")
-    assert [row["unparsed"] for row in everything["results"]] == [0, 3]
+    everything, out, _ = score(["vague", "clear"], "bench")
+    assert [row["unparsed"] for row in everything["results"]] == [3, 0]
     assert "vague: 3 answers named no option" in out and "clear: " not in out
 
 
@@ -414,18 +414,19 @@ def test_which_items(score, tmp_path):
     for task in ("XNLI", "facts"):
         for lang in ("hi", "sw", "zh"):
             write_task(tmp_path / "bench", task, lang, [("Sampuli, moja?", "2")])
-            items = [("moja?", "1"), ("mbili?", "2"), ("moja?", "3")]
+            items = [("moja?", "1"), ("mbili?", ["3", "2"]), ("moja?", "3")]
             write_task(tmp_path / "bench", task, lang, items, sample="")
     everything, _, _ = score(["model"], "bench")
     assert [(row["task"], row["lang"]) for row in everything["results"]] == [
         (task, lang) for task in ("XNLI", "facts") for lang in ("hi", "sw", "zh")]
     assert all(row["items"] == 3 and 2 / 3 in row["scores"].values() for row in everything["results"])
-    everything, _, answers = score(["model"], "bench", "--tasks=XNLI", "--langs=zh,sw", "--limit=2")
+    everything, out, answers = score(["model"], "bench", "--tasks=XNLI", "--langs=zh,sw", "--limit=2")
     assert [(row["task"], row["lang"], row["items"], row["scores"]) for row in everything["results"]] == [
         ("XNLI", lang, 2, {"accuracy": 1}) for lang in ("zh", "sw")]
     assert answers["model"]["XNLI/sw.jsonl"] == [
-        {"instruction": f"{word}?", "answer": number, "choice": number, "gold": [number],
-         "scores": {"accuracy": 1}, "layer": None} for word, number in (("moja", "1"), ("mbili", "2"))]
+        {"instruction": f"{word}?", "answer": number, "choice": number, "gold": gold, "layer": None,
+         "scores": {"accuracy": 1}} for word, number, gold in (("moja", "1", ["1"]), ("mbili", "2", ["3", "2"]))]
+    assert "| XNLI | mean | 100.0" in out and "| all |" not in out
     assert everything["arguments"]["limit"] == 2 and everything["arguments"]["langs"] == "zh,sw"
 
 
