@@ -28,8 +28,8 @@ HELD = [("nani?", "who?", "mimi", "sw"), ("Wer?", "Who?", "ich und du und er und
 RUNS = {  # what is trained, in steps of 4 of the 12 samples
     "llama3": {"template": "llama3", "seed": 3, "torch_dtype": "bfloat16"},
     "chatml": {"template": "chatml", "english_grad": True, "micro_batch": 3},
-    "mistral": {"template": "mistral", "micro_batch": 2},
-    "sft": {"template": "plain", "method": "sft", "micro_batch": 1, "epochs": 10},
+    "mistral": {"template": "mistral", "micro_batch": 2, "layers": 2},
+    "sft": {"template": "plain", "method": "sft", "micro_batch": 1, "epochs": 10, "layers": 1},
 }
 
 
@@ -104,7 +104,8 @@ def trained(request, ran, tmp_path_factory):
     """One of RUNS: its folders, options, what the script said and read, and the same run by the reference."""
     options, base = dict(RUNS[request.param]), tmp_path_factory.mktemp(request.param)
     template, dtype = options.pop("template"), options.pop("torch_dtype", "float32")
-    folder, out = write_checkpoint(base / "model", template, torch_dtype=dtype), base / "out"
+    changes = {"torch_dtype": dtype, "num_hidden_layers": options.pop("layers", 4)}
+    folder, out = write_checkpoint(base / "model", template, **changes), base / "out"
     weights, kind = load_file(folder / "model.safetensors"), getattr(torch, dtype)
     save_file({name: t.to(kind) for name, t in weights.items()}, folder / "model.safetensors")
     options |= {} if options.get("method") == "sft" else {"ridge": 0.1}
@@ -247,7 +248,7 @@ def test_bfloat16(checkpoint, tmp_path, ran):
     data, out = write_data(tmp_path / "data.jsonl", SAMPLES), {}
     for dtype in ("float32", "bfloat16"):
         out[dtype] = tmp_path / dtype
-        ran(*training(checkpoint(), data, out[dtype], dtype=dtype, lr=1e-3, epochs=4, ridge=0.1))
+        ran(*training(checkpoint(), data, out[dtype], dtype=dtype, lr=1e-3, ridge=0.1))
     exact, low = (losses(out[dtype]) for dtype in out)
     assert 1e-4 < np.abs(low / exact - 1).max() < 0.02
     before, exact, low = (tensors(folder) for folder in (checkpoint(), *out.values()))
@@ -307,7 +308,7 @@ def test_only_the_matrix(checkpoint, tmp_path, ran):
 
 # ------------------------------------------------------------------------------------------------------- data
 
-@pytest.mark.parametrize("batch_size", [4, 50, 200])
+@pytest.mark.parametrize("batch_size", [4, 50])
 def test_order(checkpoint, tmp_path, ran, batch_size):
     """Catches samples lost or seen twice in an epoch, an order that repeats or follows length, and rows of
     very different length together."""
