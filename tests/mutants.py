@@ -1,12 +1,13 @@
 """Do the tests catch bugs? Puts one known bug at a time into a copy of the project and runs the tests on it.
 
-    python tests/mutants.py                                            # all of tests/mutants.json: an hour
-    python tests/mutants.py i06 e12                                    # these
-    python tests/mutants.py --list FILE.json i06 -- tests/test_infer.py    # another list; further arguments of pytest
+    python tests/mutants.py                                       # all of tests/mutants.json: hours
+    python tests/mutants.py i06 e12                               # these
+    python tests/mutants.py i06 e12 -- tests/test_infer.py        # these, by some of the tests: seconds each
+    python tests/mutants.py --list FILE.json                      # another list
 
-The list holds objects with "id", "file", "old" (text that stands in the file once), "new" (what the bug puts there),
-"what" (a word on it) and, where only the slow tests can see it, "slow": true. Prints caught, SURVIVED, or STALE where
-`old` is gone or stands there twice. The exit code is 1 if any bug survived or is stale.
+The list holds objects with "id", "file", "old" (a text that stands in the file once), "new" (what the bug puts
+there), "what" (the bug in words) and, where only a slow test can catch it, "slow": true. Prints caught, SURVIVED,
+or STALE where `old` is gone or stands there twice. The exit code is 1 if any bug survived or is stale.
 """
 import argparse
 import json
@@ -34,17 +35,17 @@ def main():
     own, rest = sys.argv[1:], []
     if "--" in own:
         own, rest = own[:own.index("--")], own[own.index("--") + 1:]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ids", nargs="*", metavar="ID", help="of the bugs to try (default: all)")
-    parser.add_argument("--list", default=Path(__file__).with_suffix(".json"), type=Path, metavar="FILE")
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("ids", nargs="*")
+    parser.add_argument("--list", default=Path(__file__).with_suffix(".json"), type=Path)
     args = parser.parse_args(own)
     bugs = json.loads(args.list.read_text(encoding="utf-8"))
     if unknown := set(args.ids) - {bug["id"] for bug in bugs}:
         sys.exit(f"{args.list} has no {', '.join(sorted(unknown))}")
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for name in listed.split("\0")[:-1]:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+        for name in listed.decode().split("\0")[:-1]:
             Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, Path(folder, name))
         if fails := failure(folder, False, rest):
