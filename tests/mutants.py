@@ -5,9 +5,9 @@
     python tests/mutants.py i06 e12 -- tests/test_infer.py        # these, by some of the tests: seconds each
     python tests/mutants.py --list FILE.json                      # another list
 
-The list holds objects with "id", "file", "old" (a text that stands in the file once), "new" (what the bug puts
-there), "what" (the bug in words) and, where only a slow test can catch it, "slow": true. Prints caught, SURVIVED,
-or STALE where `old` is gone or stands there twice. The exit code is 1 if any bug survived or is stale.
+The list holds objects with "id", "file", "old" (a text that stands in the file once), "new" (what the bug
+puts there), "what" (the bug in words) and, where only a slow test can catch it, "slow": true. Prints caught,
+SURVIVED, or STALE where `old` is gone or stands there twice; the exit code is then 1.
 """
 import argparse
 import json
@@ -35,7 +35,8 @@ def main():
     own, rest = sys.argv[1:], []
     if "--" in own:
         own, rest = own[:own.index("--")], own[own.index("--") + 1:]
-    parser = argparse.ArgumentParser(usage=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("ids", nargs="*")
     parser.add_argument("--list", default=Path(__file__).with_suffix(".json"), type=Path)
     args = parser.parse_args(own)

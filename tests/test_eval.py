@@ -425,7 +425,8 @@ def test_which_items(score, tmp_path):
         ("XNLI", lang, 2, {"accuracy": 1}) for lang in ("zh", "sw")]
     assert answers["model"]["XNLI/sw.jsonl"] == [
         {"instruction": prompt, "answer": named, "choice": named, "gold": gold, "layer": None,
-         "scores": {"accuracy": 1}} for prompt, named, gold in (("moja?", "1", ["1"]), ("mbili?", "2", ["3", "2"]))]
+         "scores": {"accuracy": 1}}
+        for prompt, named, gold in (("moja?", "1", ["1"]), ("mbili?", "2", ["3", "2"]))]
     assert "| XNLI | mean | 100.0" in out and "| all |" not in out
     assert everything["arguments"]["limit"] == 2 and everything["arguments"]["langs"] == "zh,sw"
 
