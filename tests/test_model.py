@@ -242,9 +242,11 @@ def test_unused_tensors(checkpoint, tmp_path, ran):
         assert abs(losses(out)[0] - plain_loss(source)) < 1e-4
 
 
-def test_checkpoint_of_the_papers_code(checkpoint, tmp_path, ran):
-    """Catches a Decision Maker refused or dropped under the name used by the paper's code, or saved under it."""
-    decision_maker = torch.randn(4, 48, generator=torch.Generator().manual_seed(3)).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpoint_of_the_papers_code(checkpoint, tmp_path, ran, dtype):
+    """Catches a Decision Maker refused, dropped or rounded under the name used by the paper's code, or saved
+    under it."""
+    decision_maker = torch.randn(4, 48, generator=torch.Generator().manual_seed(3)).to(dtype)
     folder = rewritten(checkpoint(), tmp_path / "paper", **{"model.source_select.weight": decision_maker})
     out = copied(ran, folder, tmp_path / "out", method="cc", epochs=0)  # needs a trained Decision Maker
     found = tensors(out)
