@@ -1,9 +1,9 @@
 """Checks on real checkpoints, run by hand (they are too large to ship):
 
-    MODEL=DIR DATA=FILE python -m pytest tests/real_weights.py -s   # the same greedy answers as transformers,
-                                                                    # and the memory of two processes against one
-    MODEL=DIR python -m pytest tests/real_weights.py        # the continuations in DIR/expected.json, to the letter
-    TOKENIZERS=DIR python -m pytest tests/real_weights.py   # the prompts in DIR/expected.json, by their chat templates
+    MODEL=DIR DATA=FILE python -m pytest tests/real_weights.py -s  # greedy answers equal to transformers',
+                                                                   # memory of two processes against one
+    MODEL=DIR python -m pytest tests/real_weights.py        # the continuations in DIR/expected.json
+    TOKENIZERS=DIR python -m pytest tests/real_weights.py   # the prompts in DIR/expected.json
 
 Each runs where its variables are set.
 """
@@ -20,15 +20,18 @@ import calls
 from conftest import json_lines, launch
 from model import Config, Tokenizer
 
-MODEL, DATA, TOKENIZERS = (os.environ.get(name) and Path(os.environ[name]) for name in ("MODEL", "DATA", "TOKENIZERS"))
-needs_both = pytest.mark.skipif(not (MODEL and DATA), reason="real weights are too large to ship: set MODEL and DATA")
+MODEL, DATA, TOKENIZERS = (os.environ.get(name) and Path(os.environ[name])
+                           for name in ("MODEL", "DATA", "TOKENIZERS"))
+needs_both = pytest.mark.skipif(not (MODEL and DATA),
+                                reason="real weights are too large to ship: set MODEL and DATA")
 needs_expected = pytest.mark.skipif(not (MODEL and (MODEL / "expected.json").exists()),
                                     reason="set MODEL to a folder with an expected.json")
 
 
 @needs_both
 def test_answers_as_transformers(tmp_path, ran, capsys):
-    """Four prompts in each of five languages, 32 greedy tokens in float32: ours in one batch, theirs one by one."""
+    """Four prompts in each of five languages, 32 greedy tokens in float32: ours in one batch, theirs one
+    by one."""
     import transformers
     by_language = {}
     for record in json_lines(DATA):
@@ -55,11 +58,13 @@ def test_answers_as_transformers(tmp_path, ran, capsys):
 
 @needs_both
 def test_two_processes_share_the_memory(tmp_path, capsys, monkeypatch):
-    """Peak host memory of each of two processes that load, train one step and save: below 0.7 of one process's."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")  # else glibc keeps what each gathered layer had, in pieces
+    """Peak host memory of each of two processes that load, train one step and save: below 0.7 of one
+    process's."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")  # else glibc keeps freed memory
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in json_lines(DATA)[:16]))
-    report = "print('peak', next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    report = ("print('peak', next(line.split()[1] for line in open('/proc/self/status') "
+              "if line.startswith('VmHWM')))")
     peaks, seconds = {}, {}
     for world in (1, 2):
         began = time.perf_counter()
@@ -68,7 +73,8 @@ def test_two_processes_share_the_memory(tmp_path, capsys, monkeypatch):
         done = launch(tmp_path, world, [command], after=report, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         seconds[world] = time.perf_counter() - began
-        peaks[world] = max(int(line.split()[1]) / 1024 for line in done.stdout.splitlines() if line.startswith("peak"))
+        lines = [line for line in done.stdout.splitlines() if line.startswith("peak")]
+        peaks[world] = max(int(line.split()[1]) / 1024 for line in lines)
     with capsys.disabled():
         print(f"\npeak of a process: {peaks[1]:.0f} and {peaks[2]:.0f} MiB, {peaks[2] / peaks[1]:.2f}; "
               f"time of the command: {seconds[2] / seconds[1]:.2f}")
@@ -99,7 +105,8 @@ def test_templates(tmp_path):
             (folder / "config.json").write_text(json.dumps({
                 "model_type": "llama", "vocab_size": 200000, "hidden_size": 8, "intermediate_size": 8,
                 "num_hidden_layers": 1, "num_attention_heads": 1}))
-            tokenizers[name] = Tokenizer(folder, Config.read(folder), "llama2" if template == "llama2" else None)
+            given = "llama2" if template == "llama2" else None
+            tokenizers[name] = Tokenizer(folder, Config.read(folder), given)
         t = tokenizers[name]
         assert t.template == template and t.prompt(case["text"]) == case["ids"], case
         assert (t.connection_index, t.end_of_turn) == (case["connection_index"], case["end_of_turn"])

@@ -38,7 +38,8 @@ def close(found, expected):
 def test_worked_by_hand(tmp_path):
     """Two layers, two dimensions, two prompts A and B: check every number below with a pencil.
 
-    Catches mixed up rows or layers, a mean over the wrong axis, a forgotten embedding, W on the wrong side.
+    Catches mixed up rows or layers, a mean over the wrong axis, a forgotten embedding, W on the wrong
+    side.
     """
     cc = calls.open_model(tiny_model(tmp_path), decision_maker=torch.eye(2))
     ids, p = torch.tensor([[1, 0], [1, 0]]), torch.tensor([1, 1])  # token 0, embedded as (1, 0), stands at p
@@ -79,8 +80,8 @@ def test_worked_by_hand(tmp_path):
 
 
 def tiny_model(folder):
-    """L = 2, d = 2, V = 2. Embeddings and head are unit matrices, the norms' weights are 1, all else is 0:
-    attention and FFN add nothing."""
+    """L = 2, d = 2, V = 2. Embeddings and head are unit matrices, the norms' weights are 1, all else is
+    0: attention and FFN add nothing."""
     sizes = {"vocab_size": 2, "hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 2,
              "num_attention_heads": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-12}
     (folder / "config.json").write_text(json.dumps({**CONFIG, **sizes}))
@@ -129,8 +130,8 @@ def training_batch(index):
 @pytest.mark.parametrize("english_grad", [False, True])
 def test_training_equals_the_reference(connected, english_grad, index):
     """Catches the argmax in place of the layer drawn by noise, fusion at the last token instead of the
-    connection position, English activations of another token, padding in loss or attention, and any wrong
-    gradient."""
+    connection position, English activations of another token, padding in loss or attention, and any
+    wrong gradient."""
     cc, reference = opened(connected)
     loss = calls.loss(cc, *training_batch(index), noise=NOISE, english_grad=english_grad)
     loss.backward()
@@ -161,8 +162,8 @@ def test_validation_equals_the_reference(connected):
 @pytest.mark.parametrize("index", [-1, -2, -3])
 @pytest.mark.parametrize("connection", ["matrix", "english", "none"])
 def test_answering_equals_full_passes(connected, index, connection):
-    """Catches tokens after the connection position still computed without the connection (in logits or cache),
-    logits of another token than the prompt's last, and rows that depend on each other."""
+    """Catches tokens after the connection position still computed without the connection (in logits or
+    cache), logits of another token than the prompt's last, and rows that depend on each other."""
     cc, reference = opened(connected)
     first, scores, found = calls.answer(cc, *padded(PROMPTS), 6, index, connection, padded(ENGLISH))
     for i, (prompt, english) in enumerate(zip(PROMPTS, ENGLISH, strict=True)):
@@ -187,8 +188,8 @@ def test_matrix_is_applied_in_float32():
 
 
 def test_least_squares():
-    """Catches a ridge that depends on the scale of the activations or the number of prompts, and a solution
-    that is not of least norm, or noisy in the null space."""
+    """Catches a ridge that depends on the scale of the activations or the number of prompts, and a
+    solution that is not of least norm, or noisy in the null space."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(5, 6, 8, generator=generator) for _ in range(2))
     rows, targets = x.flatten(0, 1).double(), y.flatten(0, 1).double()
@@ -290,8 +291,8 @@ def test_decision_maker_starts_from_the_seed(checkpoint, tmp_path, run):
 
 
 def test_bfloat16_step_has_every_gradient(checkpoint, tmp_path, run):
-    """Catches a --dtype bfloat16 computed in float32, and lost gradients: weights cast in the English pass
-    under no_grad must not be reused in the own-language pass.
+    """Catches a --dtype bfloat16 computed in float32, and lost gradients: weights cast in the English
+    pass under no_grad must not be reused in the own-language pass.
 
     AdamW's first step moves each weight by the learning rate, against the sign of its gradient.
     """

@@ -19,7 +19,8 @@ INDEX = "model.safetensors.index.json"
 
 
 def rewritten(source, folder, change=lambda name, tensor: tensor, **more):
-    """A copy of a checkpoint folder with other weights: change(name, tensor) of each, and more tensors."""
+    """A copy of a checkpoint folder with other weights: change(name, tensor) of each, and more
+    tensors."""
     shutil.copytree(source, folder)
     weights = {name: change(name, tensor) for name, tensor in tensors(source, "model.safetensors").items()}
     save_file({**weights, **more}, folder / "model.safetensors", metadata={"format": "pt"})
@@ -47,12 +48,12 @@ def plain_loss(folder, pairs=PAIRS[:2]):
 SIZES = {name: CONFIG[name] for name in ("model_type", "vocab_size", "hidden_size", "intermediate_size",
                                          "num_hidden_layers", "num_attention_heads")}
 DEFAULTS = {  # if config.json has nothing but SIZES
-    "num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None,
-    "max_length": 2048, "tie_word_embeddings": False, "initializer_range": 0.02, "bos_token_id": None,
-    "eos_token_ids": (), "qkv_bias": False, "cctuning": {}}
+    "num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "rope_scaling": None, "max_length": 2048, "tie_word_embeddings": False,
+    "initializer_range": 0.02, "bos_token_id": None, "eos_token_ids": (), "qkv_bias": False, "cctuning": {}}
 OTHERS = {
-    "num_key_value_heads": 1, "head_dim": 20, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True,
-    "initializer_range": 0.05, "bos_token_id": 7, "cctuning": {"method": "cc"}}
+    "num_key_value_heads": 1, "head_dim": 20, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+    "tie_word_embeddings": True, "initializer_range": 0.05, "bos_token_id": 7, "cctuning": {"method": "cc"}}
 LINEAR, LLAMA3 = {"factor": 2.0}, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                    "original_max_position_embeddings": 8192}
 WINDOW, FIVE = {"sliding_window": 64}, {"rope_theta": 5e5}
@@ -80,8 +81,8 @@ SPELLINGS = [  # more in config.json, and what then differs from DEFAULTS
 
 @pytest.mark.parametrize("says, differs", SPELLINGS)
 def test_config(tmp_path, says, differs):
-    """Catches a default other than transformers', a sliding window ignored where it applies or applied where
-    it is off, and a value missed in one spelling."""
+    """Catches a default other than transformers', a sliding window ignored where it applies or applied
+    where it is off, and a value missed in one spelling."""
     (tmp_path / "config.json").write_text(json.dumps({**SIZES, **says}))
     config = Config.read(tmp_path)
     assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **differs}
@@ -107,8 +108,8 @@ def norms_apart(name, tensor):
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16", "mixed"])
 @pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_loaded_in_the_dtype_asked_for(checkpoint, tmp_path, stored, asked):
-    """Catches an ignored dtype, and a mixed checkpoint that stays mixed: with no dtype given, all weights take
-    the embedding's."""
+    """Catches an ignored dtype, and a mixed checkpoint that stays mixed: with no dtype given, all
+    weights take the embedding's."""
     dtype = torch.bfloat16 if stored == "mixed" else getattr(torch, stored)
     change = norms_apart if stored == "mixed" else lambda name, tensor: tensor.to(dtype)
     folder = rewritten(checkpoint(), tmp_path / "model", change)
@@ -120,8 +121,8 @@ def test_loaded_in_the_dtype_asked_for(checkpoint, tmp_path, stored, asked):
 
 
 def test_computed_in_the_dtype_asked_for(tmp_path, ran):
-    """Catches an infer.py that ignores --dtype or defaults to another dtype than the weights', and a Decision
-    Maker or matrix rounded to that dtype."""
+    """Catches an infer.py that ignores --dtype or defaults to another dtype than the weights', and a
+    Decision Maker or matrix rounded to that dtype."""
     source = write_connection(write_checkpoint(tmp_path / "source"))
     folder, found = rewritten(source, tmp_path / "model", norms_apart), {}
     data = write_data(tmp_path / "data.jsonl", PAIRS[:2])
@@ -142,8 +143,8 @@ def test_computed_in_the_dtype_asked_for(tmp_path, ran):
 @pytest.mark.parametrize("dtype, tied", [("float32", True), ("float16", False), ("bfloat16", True),
                                          ("mixed", False)])
 def test_what_is_saved_is_what_was_loaded(checkpoint, tmp_path, ran, dtype, tied):
-    """Catches a tensor saved in another dtype, a tied head written twice, and shards that are read wrongly or
-    hold a tensor too many or too few."""
+    """Catches a tensor saved in another dtype, a tied head written twice, and shards that are read
+    wrongly or hold a tensor too many or too few."""
     change = norms_apart if dtype == "mixed" else lambda name, tensor: tensor.to(getattr(torch, dtype))
     source = rewritten(checkpoint(tie_word_embeddings=tied), tmp_path / "source", change)
     first = copied(ran, source, tmp_path / "first", max_shard_size=5e-5)  # 50 kB
@@ -178,8 +179,8 @@ FILES = {  # beside tokenizer.model
 
 
 def test_what_else_is_copied(checkpoint, tmp_path, ran):
-    """Catches a tokenizer file left behind, and an entry of config.json lost or changed: torch_dtype names the
-    dtype of the weights, others serve other programs."""
+    """Catches a tokenizer file left behind, and an entry of config.json lost or changed: torch_dtype
+    names the dtype of the weights, others serve other programs."""
     source = write_checkpoint(tmp_path / "source", torch_dtype="bfloat16", use_cache=True, pad_token_id=None)
     for name, content in FILES.items():
         (source / name).write_text(content)
@@ -193,8 +194,8 @@ def test_what_else_is_copied(checkpoint, tmp_path, ran):
 
 
 def test_saving_over_a_model_leaves_none_of_it(checkpoint, tmp_path, ran):
-    """Catches old weights beside the new ones (loaders would take them), an old tokenizer, matrix or staging
-    folder, and the loss of a file of the user's."""
+    """Catches old weights beside the new ones (loaders would take them), an old tokenizer, matrix or
+    staging folder, and the loss of a file of the user's."""
     pytest.importorskip("tokenizers", reason="optional package: only tokenizer.json needs it")
     out = copied(ran, checkpoint(), tmp_path / "out", method="cc", max_shard_size=5e-5)
     assert (out / "cctuning.safetensors").exists() and (out / "tokenizer.model").exists()
@@ -231,8 +232,8 @@ def test_transformers_opens_what_we_save(tmp_path, ran, changes):
 # --------------------------------------------------------------------------------- what is read
 
 def test_unused_tensors(checkpoint, tmp_path, ran):
-    """Catches the refusal of checkpoints with unused tensors: lm_head.weight beside a tied embedding, rotary
-    buffers of old Llama files. The result has neither."""
+    """Catches the refusal of checkpoints with unused tensors: lm_head.weight beside a tied embedding,
+    rotary buffers of old Llama files. The result has neither."""
     buffers = {f"model.{place}rotary_emb.inv_freq": torch.ones(6) for place in ("", "layers.0.self_attn.")}
     head = {"lm_head.weight": torch.zeros(512, 48)}
     for tied, more in ((False, buffers), (True, {**buffers, **head})):
@@ -244,8 +245,8 @@ def test_unused_tensors(checkpoint, tmp_path, ran):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checkpoint_of_the_papers_code(checkpoint, tmp_path, ran, dtype):
-    """Catches a Decision Maker refused, dropped or rounded under the name used by the paper's code, or saved
-    under it."""
+    """Catches a Decision Maker refused, dropped or rounded under the name used by the paper's code, or
+    saved under it."""
     decision_maker = torch.randn(4, 48, generator=torch.Generator().manual_seed(3)).to(dtype)
     folder = rewritten(checkpoint(), tmp_path / "paper", **{"model.source_select.weight": decision_maker})
     out = copied(ran, folder, tmp_path / "out", method="cc", epochs=0)  # needs a trained Decision Maker
@@ -263,8 +264,8 @@ STRANGE = [("Nini\u2028mji\u2029mkuu\x85wa Kenya?", "What?", "Nairobi\u2028", "s
 
 @pytest.mark.parametrize("form", ["lines", "CRLF", "list"])
 def test_text_files(checkpoint, tmp_path, ran, form):
-    """Catches a byte order mark read as text, in data or checkpoint files; lines split at U+2028, which JSON
-    allows inside strings; Windows line ends; stripped texts."""
+    """Catches a byte order mark read as text, in data or checkpoint files; lines split at U+2028, which
+    JSON allows inside strings; Windows line ends; stripped texts."""
     folder, data = shutil.copytree(checkpoint(), tmp_path / "model"), tmp_path / "data.json"
     (folder / "tokenizer_config.json").write_text("{}")
     lines = write_data(data, STRANGE).read_text(encoding="utf-8").split("\n")
@@ -284,8 +285,8 @@ def test_text_files(checkpoint, tmp_path, ran, form):
 
 
 def test_input_below_the_instruction(checkpoint, tmp_path, ran):
-    """Catches Alpaca's "input" left out of a prompt or its English version, or joined by something else. An
-    English version equal to the instruction gets the same input."""
+    """Catches Alpaca's "input" left out of a prompt or its English version, or joined by something else.
+    An English version equal to the instruction gets the same input."""
     records = [{"instruction": "Nini?", "input": "mbili", "instruction_en": "What? two", "output": "tano"},
                {"instruction": "What?", "input": "three", "instruction_en": "What?", "output": "five"},
                {"instruction": "tatu?", "input": " ", "instruction_en": "three?", "output": "six"}]

@@ -52,8 +52,8 @@ EXPECTED = {  # SentencePiece's decoding drops the space in front of a text
 
 @pytest.mark.parametrize("template, kind", CASES)
 def test_prompt(tokenizer, template, kind):
-    """Catches a template not recognised by its control tokens, prompt text stripped, changed or turned into
-    control tokens, a wrong word in a template, and a missing or doubled BOS."""
+    """Catches a template not recognised by its control tokens, prompt text stripped, changed or turned
+    into control tokens, a wrong word in a template, and a missing or doubled BOS."""
     t = tokenizer(template, kind)
     assert t.template == template
     expected = EXPECTED[template]
@@ -65,8 +65,8 @@ def test_prompt(tokenizer, template, kind):
 
 @pytest.mark.parametrize("template", ["llama3", "chatml", "mistral", "plain"])
 def test_prompt_ids(checkpoint, tokenizer, template):
-    """Catches text split into pieces at other places than control tokens (decoding does not show it), and a
-    wrong connection position or end of turn."""
+    """Catches text split into pieces at other places than control tokens (decoding does not show it),
+    and a wrong connection position or end of turn."""
     t = tokenizer(template)
     for text in TEXTS:
         ids, index, end = prompt_ids(checkpoint(template), text, template)
@@ -76,8 +76,8 @@ def test_prompt_ids(checkpoint, tokenizer, template):
 
 @pytest.mark.parametrize("template, kind", CASES)
 def test_connection_position_and_end_of_turn(tokenizer, template, kind):
-    """Catches a connection position other than the start of the assistant's turn, an answer without its end of
-    turn, and answer text that ends the turn early."""
+    """Catches a connection position other than the start of the assistant's turn, an answer without its
+    end of turn, and answer text that ends the turn early."""
     t = tokenizer(template, kind)
     ids = t.prompt("Nini?")
     tail = ids[t.connection_index:]
@@ -94,8 +94,8 @@ def test_connection_position_and_end_of_turn(tokenizer, template, kind):
 
 @pytest.mark.parametrize("template, kind", CASES)
 def test_decode(tokenizer, template, kind):
-    """Catches control tokens shown in an answer, and a crash on ids beyond the tokenizer (embeddings are often
-    padded)."""
+    """Catches control tokens shown in an answer, and a crash on ids beyond the tokenizer (embeddings are
+    often padded)."""
     t = tokenizer(template, kind)
     for text in TEXTS[:2] + TEXTS[3:]:
         *ids, _ = t.answer(text)
@@ -106,7 +106,8 @@ def test_decode(tokenizer, template, kind):
 # ------------------------------------------------------------------------ the checkpoint's files
 
 def test_template_that_is_chosen(checkpoint, tmp_path):
-    """Catches a wrong order of precedence: --template, then config.json's cctuning entry, then control tokens."""
+    """Catches a wrong order of precedence: --template, then config.json's cctuning entry, then control
+    tokens."""
     folder = shutil.copytree(checkpoint("llama3"), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     assert [open_tokenizer(folder, given).template for given in (None, "plain")] == ["llama3", "plain"]
@@ -115,7 +116,8 @@ def test_template_that_is_chosen(checkpoint, tmp_path):
 
 
 def test_template_that_is_not_told(tmp_path):
-    """Catches [INST] as ordinary text answered in a wrong template, and plain chosen without a notice."""
+    """Catches [INST] as ordinary text answered in a wrong template, and plain chosen without a
+    notice."""
     folder = write_checkpoint(tmp_path / "model")
     assert "plain" in open_tokenizer(folder).notice
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "[INST] {{ x }} [/INST]"}))
@@ -151,8 +153,8 @@ EOS = [  # template, kind, EOS of config.json, generation_config.json, tokenizer
 
 @pytest.mark.parametrize("template, kind, config, generation, own, end, others", EOS)
 def test_every_eos_stops(tmp_path, checkpoint, template, kind, config, generation, own, end, others):
-    """Catches an EOS ignored in one of the three files, a list cut to its first id, and an end of turn other
-    than the template's (or the tokenizer's EOS, if the template has none)."""
+    """Catches an EOS ignored in one of the three files, a list cut to its first id, and an end of turn
+    other than the template's (or the tokenizer's EOS, if the template has none)."""
     if kind == "json":
         pytest.importorskip("tokenizers", reason=NEEDED)
     folder = shutil.copytree(checkpoint(template, kind), tmp_path / "model")
@@ -200,7 +202,8 @@ def test_bos_that_the_template_begins_with(tmp_path):
 
 
 def test_added_token_that_is_not_special(tmp_path):
-    """Catches prompt text that becomes an added token (such as a tool's tag), and answers that lose one."""
+    """Catches prompt text that becomes an added token (such as a tool's tag), and answers that lose
+    one."""
     tokenizers = pytest.importorskip("tokenizers", reason=NEEDED)
     folder = write_checkpoint(tmp_path / "model", "llama3", "json")
     tk = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -212,8 +215,8 @@ def test_added_token_that_is_not_special(tmp_path):
 
 
 def test_tokens_added_to_a_sentencepiece_vocabulary(tmp_path):
-    """Catches special tokens of tokenizer_config.json not found beside the vocabulary, ordinary ones taken for
-    control tokens, and a crash when an answer has any of them."""
+    """Catches special tokens of tokenizer_config.json not found beside the vocabulary, ordinary ones
+    taken for control tokens, and a crash when an answer has any of them."""
     folder = write_checkpoint(tmp_path / "model")
     size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
     added = [("<|im_start|>", True), ("<|im_end|>", True), ("word", False)]
