@@ -226,7 +226,7 @@ def summary(everything, task, lang):
 PROMPTS = [
     ("XNLI", "en", "Premise: A child sleeps.\nHypothesis: A child is awake.\n\nWhat do you think is the "
      "relationship between the premise and the hypothesis?\n\n(1) Entail \n(2) Neutral\n(3) Contradict\n\n"
-     "Your answer would be:", "Entail", "1"),
+     "Your answer, (1), (2) or (3), would be:", "Entail", "1"),
     ("XNLI", "sw", "Nguzo: Mtoto amelala (1) kitandani.\nNadharia: Yuko macho.\n\nUnafikiri kuna uhusiano "
      "gani?\n\n(1) Inajumuisha\n(2) Kuegemea upande wowote\n(3) Kupingana\n\nJibu lako litakuwa:",
      "Nadhani ni kuegemea upande wowote", "2"),
