@@ -103,7 +103,7 @@ def test_the_tuned_model_is_of_the_default_run():
 def test_default_evaluation(tmp_path, run):
     """Catches scores that do not follow from the answers, an English model that has lost its English, and
     answers compared with the wrong line."""
-    code, _, err = run("eval", "--model", DATA / "tuned", "--langs", "en,sw", "--limit", 40, "--out", tmp_path)
+    code, _, err = run("eval", "--model", DATA / "tuned", "--langs=en,sw", "--limit=40", "--out", tmp_path)
     assert code == 0, err
     folder, = (tmp_path / "answers").iterdir()
     for result, least in zip(results_of(tmp_path), (35, 5), strict=True):
