@@ -3,13 +3,16 @@
 Every test has explicit seeds and runs in float32 unless it says otherwise. Those marked slow are left out unless asked
 for: python -m pytest -m slow
 """
+import contextlib
 import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads would only wait for one another
 
@@ -18,6 +21,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from model import TEMPLATES, Config, LanguageModel, run_script
 
@@ -68,11 +72,13 @@ def pytest_unconfigure(config):
 
 # -------------------------------------------------------------------------------------------------- things to test on
 
-def sentencepiece_model(path, control=()):
+def sentencepiece_model(path, control=(), whole=()):
+    """whole: texts that are one piece each."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_writer=model, model_type="bpe", vocab_size=400, hard_vocab_limit=False,
-        byte_fallback=True, control_symbols=list(control), normalization_rule_name="identity",
+        sentence_iterator=iter(TEXT), model_writer=model, model_type="bpe", vocab_size=400 + len(whole),
+        hard_vocab_limit=False, byte_fallback=True, control_symbols=list(control), normalization_rule_name="identity",
+        user_defined_symbols=[text.replace(" ", "\u2581") for text in whole],
         remove_extra_whitespaces=False, minloglevel=2)
     path.write_bytes(model.getvalue())
 
@@ -103,6 +109,48 @@ def write_checkpoint(folder, template="plain", kind="sentencepiece", seed=0, **c
         sentencepiece_model(folder / "tokenizer.model", TEMPLATES[template].control)
     else:
         tokenizer_json(folder, TEMPLATES[template].control, bos=None if template == "chatml" else "<s>")
+    return folder
+
+
+def write_connection(folder, seed=1):
+    """A Decision Maker and a matrix beside a checkpoint's weights: untrained, but of a size that matters."""
+    generator = torch.Generator().manual_seed(seed)
+    config = json.loads((folder / "config.json").read_text())
+    width = config["hidden_size"]
+    save_file({"decision_maker.weight": torch.randn(config["num_hidden_layers"], width, generator=generator),
+               "transform_matrix": 5 * torch.randn(width, width, generator=generator)},
+              folder / "cctuning.safetensors")
+    return folder
+
+
+def write_parrot(folder, says, **changes):
+    """A checkpoint whose answers are known: attention and FFN add nothing, a token alone decides on the next.
+
+    says: {how a prompt ends: the answer}, which is a text, {text: its probability}, or a list of pieces in turn.
+    """
+    after = {}  # {piece: {next piece: probability}}
+    for ending, answer in says.items():
+        pieces = answer if isinstance(answer, list) else [answer]
+        for piece, following in zip([ending + "\n", *pieces], [*pieces, "</s>"], strict=True):
+            chances = following if isinstance(following, dict) else {following: 1.0}
+            for text in piece if isinstance(piece, dict) else [piece]:
+                if text != "</s>":
+                    after.setdefault(text, chances)
+    width, size = 8 * (len(after) // 8 + 1), 512 + 2 * len(after)
+    write_checkpoint(folder, num_hidden_layers=2, hidden_size=width, vocab_size=size, **changes)
+    sentencepiece_model(folder / "tokenizer.model", whole=[text for text in after if not text.startswith("<0x")])
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name].zero_()
+    weights["model.norm.weight"].fill_(width ** -0.5)  # undoes the norm of a vector with a single 1
+    embedding, head = weights["model.embed_tokens.weight"].zero_(), weights["lm_head.weight"].fill_(-50)
+    for i, (piece, chances) in enumerate(after.items()):
+        embedding[sp.piece_to_id(piece.replace(" ", "\u2581")), i] = 1
+        for following, chance in chances.items():
+            head[sp.piece_to_id(following.replace(" ", "\u2581")), i] = np.log(chance)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -148,21 +196,67 @@ def training(model, data, out, **options):
     return ["train", "--model", model, "--data", data, "--out", out, *flags]
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
+@pytest.fixture(scope="session")
+def run():
     """run("train", *arguments): the script's main() in this process, as from the command line.
 
     Returns (exit code, stdout, stderr).
     """
     def call(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True) for _ in range(2))
         code = 0
-        try:
-            run_script(importlib.import_module(script).main)
-        except SystemExit as stop:
-            code = stop.code or 0
-        return (code, *capsys.readouterr())
+        with (mock.patch.object(sys, "argv", [f"{script}.py", *map(str, arguments)]), contextlib.redirect_stdout(out),
+              contextlib.redirect_stderr(err)):
+            try:
+                run_script(importlib.import_module(script).main)
+            except SystemExit as stop:
+                code = stop.code or 0
+        return code, *(stream.buffer.getvalue().decode() for stream in (out, err))
     return call
+
+
+@pytest.fixture(scope="session")
+def ran(run):
+    """The same for a run that must succeed: returns its stdout, shows stderr where it fails."""
+    def call(*command):
+        code, out, err = run(*command)
+        assert code == 0, err
+        return out
+    return call
+
+
+@contextlib.contextmanager
+def reading():
+    """A list that fills with the ids that a model looks up in its embedding, call by call: what it really reads."""
+    calls = []
+
+    def look(module, given):
+        if isinstance(module, torch.nn.Embedding):
+            calls.append(given[0].tolist())
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def stop_at():
+    """stop_at(step, signal): it comes as AdamW is about to take this step, the first being 1. The step is counted from
+    the call; a signal that has come does not come again."""
+    hooks = []
+
+    def arrange(step, number=signal.SIGTERM):
+        taken = []
+
+        def act(*_):
+            taken.append(step)
+            if len(taken) == step:
+                signal.raise_signal(number)
+        hooks.append(register_optimizer_step_pre_hook(act))
+    yield arrange
+    for hook in hooks:
+        hook.remove()
 
 
 JOIN_ONCE = f"""
@@ -192,16 +286,17 @@ def launch(folder, world, commands, before="", after="", timeout=200):
 
 
 def at_step(step, action):
-    """Code for `launch`: of several processes the second does something while it computes this step of training."""
+    """Code for `launch`: of several processes the second does something as AdamW is about to take this step, the
+    first being 1."""
     return f"""
-import os, signal, time, train
-noise, done = train.gumbel_noise, []
-def noise_and_action(seed, step, *rest):
-    if step == {step} and os.environ["RANK"] == "1" and not done:
-        done.append(step)
+import os, signal, time
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+taken = []
+def act(*_):
+    taken.append(1)
+    if len(taken) == {step} and os.environ["RANK"] == "1":
         {action}
-    return noise(seed, step, *rest)
-train.gumbel_noise = noise_and_action
+register_optimizer_step_pre_hook(act)
 """
 
 
@@ -209,6 +304,12 @@ train.gumbel_noise = noise_and_action
 
 def json_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def text_of(folder, ids):
+    """The text of ids of a SentencePiece checkpoint, without control tokens and ids that are no piece."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return sp.decode([i for i in ids if i < sp.get_piece_size() and not sp.is_control(i)])
 
 
 def results_of(folder):

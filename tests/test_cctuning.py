@@ -1,161 +1,306 @@
-"""The method: what the golden values do not cover."""
-import numpy as np
+"""The method: one step worked by hand, then each step against a plain reference (reference.py) and a
+peer (hookpeer.py).
+
+The golden values (test_golden.py) have the connection at the last token only, and choices that no noise
+changes.
+"""
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from cctuning import Batch, CCTuning, MatrixSums, gumbel_noise, least_squares, load_cctuning, r_squared
-from model import load_model, new_cache, pad
-from train import Workers
+import calls
+from conftest import CONFIG, PAIRS, json_lines, losses, tensors, training, write_checkpoint, write_data
+from hookpeer import HookedCCTuning
+from reference import IGNORED, Reference, answer_ids, falls_short, gumbel, prompt_ids
 
 PROMPTS = [[1, 5, 9, 30, 200, 7], [1, 400, 3, 3], [1, 8, 8, 8, 90, 17, 300, 12, 44]]
 ENGLISH = [[1, 33, 34, 35, 36], [1, 77, 78, 79], [1, 91, 92, 93, 94, 95, 96]]
+ANSWERS = [[20, 21, 2], [30, 2], [40, 41, 42, 43, 44, 45, 2]]
+NOISE = torch.tensor([[0.0, 0, 4, 0], [4, 0, 0, 0], [0, 0, 0, 4]])  # draws layers 2, 0 and 3
 
 
-@pytest.fixture
-def cc(checkpoint):
-    cc = CCTuning(load_model(checkpoint()), seed=5)
-    cc.decision_maker.weight.data *= 50  # so that rows choose different layers
-    for seed, name in enumerate(("shared", "sw", "hi")):
-        cc.matrices[name] = 2 * torch.randn(48, 48, generator=torch.Generator().manual_seed(seed))
-    return cc
+def padded(rows):
+    """(B, T) with 0 on the right, and lengths (B,)."""
+    lengths = [len(row) for row in rows]
+    return torch.tensor([row + [0] * (max(lengths) - len(row)) for row in rows]), torch.tensor(lengths)
+
+
+def close(found, expected):
+    return (found - torch.as_tensor(expected)).abs().max() < 1e-6
+
+
+# ---------------------------------------------------------------------------------- worked by hand
+
+@torch.no_grad()
+def test_worked_by_hand(tmp_path):
+    """Two layers, two dimensions, two prompts A and B: check every number below with a pencil.
+
+    Catches mixed up rows or layers, a mean over the wrong axis, a forgotten embedding, W on the wrong
+    side.
+    """
+    cc = calls.open_model(tiny_model(tmp_path), decision_maker=torch.eye(2))
+    ids, p = torch.tensor([[1, 0], [1, 0]]), torch.tensor([1, 1])  # token 0, embedded as (1, 0), stands at p
+
+    # 1. The English pass collects H, a vector for each layer and prompt.
+    y = torch.tensor([[[4.0, 0], [0, 2]],   # layer 0: A, B
+                      [[0.0, 2], [2, 4]]])  # layer 1: A, B
+    # 2. The Decision Maker scores the mean over layers plus the embedding. W_d is the unit matrix.
+    #    A: (4, 0) and (0, 2) have the mean (2, 1); plus (1, 0): s = (3, 1), so layer 0.
+    #    B: (0, 2) and (2, 4) have the mean (1, 3); plus (1, 0): s = (2, 3), so layer 1.
+    vectors, scores = calls.choose(cc, y, ids, p)
+    assert close(scores, [[3, 1], [2, 3]]) and close(vectors, [[4, 0], [2, 4]])
+    #    In training, noise is added. A: (3, 1) + (0, 5) = (3, 6), so layer 1. B: (2, 3) + (0, 0), so layer 1.
+    vectors, scores = calls.choose(cc, y, ids, p, noise=torch.tensor([[0.0, 5], [0, 0]]))
+    assert close(scores, [[3, 1], [2, 3]]) and close(vectors, [[0, 2], [2, 4]])
+
+    # 3. The Transform Matrix. X has the rows (1, 0) and (0, 1) twice each: X'X = 2, and W = X'Y / 2.
+    x = torch.tensor([[[1.0, 0], [0, 1]],   # layer 0: A, B
+                      [[0.0, 1], [1, 0]]])  # layer 1: A, B
+    #    Row 0 of W is the mean of (4, 0) and (2, 4), row 1 the mean of (0, 2) and (0, 2).
+    w = calls.fit(x, y)
+    assert close(w, [[3, 2], [0, 2]])
+    #    A ridge of 1 adds the mean of X'X's diagonal, 2, to that diagonal: W is halved.
+    assert close(calls.fit(x, y, ridge=1.0), [[1.5, 1], [0, 1]])
+    #    Y - X W is (1, -2), (0, 0) in layer 0. Y about its mean (2, 1): (2, -1), (-2, 1). R^2 = 1 - 5/10.
+    #    Y - X W is (0, 0), (-1, 2) in layer 1. Y about its mean (1, 3): (-1, -1), (1, 1). R^2 = 1 - 5/4.
+    assert close(calls.r_squared(w, x, y), [0.5, -0.25])
+
+    # 4. Answering: H W takes the place of H. A: (3, 2) and (0, 2); B: (0, 2) and (3, 2).
+    #    Both have the mean (1.5, 2); plus (1, 0): s = (2.5, 2), so layer 0.
+    vectors, scores = calls.choose(cc, calls.transform(w, x), ids, p)
+    assert close(scores, [[2.5, 2], [2.5, 2]]) and close(vectors, [[3, 2], [0, 2]])
+    # 5. Fusion. The rest of the model adds nothing: (1, 0) plus the vector is (4, 2) for A, (1, 2) for B.
+    #    Before p stands (0, 1), the embedding of token 1. The last norm divides by sqrt((a^2 + b^2) / 2).
+    logits = calls.logits(cc, ids, vectors, p)
+    assert close(logits[0, 1] * 10 ** 0.5, [4, 2]) and close(logits[1, 1] * 2.5 ** 0.5, [1, 2])
+    assert close(logits[:, 0] * 0.5 ** 0.5, [[0, 1], [0, 1]])
+
+
+def tiny_model(folder):
+    """L = 2, d = 2, V = 2. Embeddings and head are unit matrices, the norms' weights are 1, all else is
+    0: attention and FFN add nothing."""
+    sizes = {"vocab_size": 2, "hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 2,
+             "num_attention_heads": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-12}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **sizes}))
+    weights = {name: torch.eye(2) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    for layer in ("model.layers.0.", "model.layers.1."):
+        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up",
+                     "mlp.down"):
+            weights[f"{layer}{name}_proj.weight"] = torch.zeros(2, 2)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{layer}{name}.weight"] = torch.ones(2)
+    save_file({**weights, "model.norm.weight": torch.ones(2)}, folder / "model.safetensors")
+    return folder
+
+
+# ------------------------------------------------------- against a plain reference, and against a peer
+
+@pytest.fixture(scope="module")
+def connected(tmp_path_factory):
+    """A folder whose rows choose different layers, and whose matrix matters."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("connected") / "model")
+    generator = torch.Generator().manual_seed(6)
+    decision_maker, matrix = (torch.randn(rows, 48, generator=generator) for rows in (4, 48))
+    save_file({"decision_maker.weight": 0.1 * decision_maker,  # so small that softmax does not saturate
+               "transform_matrix": 2 * matrix}, folder / "cctuning.safetensors")
+    return folder
+
+
+def opened(folder):
+    """The project's model and the reference's."""
+    added = load_file(folder / "cctuning.safetensors")
+    cc = calls.open_model(folder, added["decision_maker.weight"], added["transform_matrix"])
+    return cc, Reference(folder)
+
+
+def training_batch(index):
+    """Ids and labels (B, T), connection positions (B,), and the English prompts' ids and positions."""
+    rows = [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    ids, labels = padded(rows)[0], torch.full((len(rows), max(map(len, rows))), IGNORED)
+    for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        labels[i, len(prompt):len(prompt) + len(answer)] = torch.tensor(answer)
+    english, english_lengths = padded(ENGLISH)
+    return ids, labels, padded(PROMPTS)[1] + index, english, english_lengths + index
+
+
+@pytest.mark.parametrize("index", [-1, -3])
+@pytest.mark.parametrize("english_grad", [False, True])
+def test_training_equals_the_reference(connected, english_grad, index):
+    """Catches the argmax in place of the layer drawn by noise, fusion at the last token instead of the
+    connection position, English activations of another token, padding in loss or attention, and any
+    wrong gradient."""
+    cc, reference = opened(connected)
+    loss = calls.loss(cc, *training_batch(index), noise=NOISE, english_grad=english_grad)
+    loss.backward()
+    expected = sum(reference.connected_loss(p, e, a, index, n, english_grad)
+                   for p, e, a, n in zip(PROMPTS, ENGLISH, ANSWERS, NOISE, strict=True))
+    expected.backward()
+    assert abs(loss - expected) < 1e-4 * expected
+    found = calls.gradients(cc)
+    assert found.keys() == reference.tensors.keys() - {"transform_matrix"}
+    for name, gradient in found.items():
+        wanted = reference.tensors[name].grad
+        assert (gradient - wanted).abs().max() < 1e-4 * wanted.abs().max(), name
+
+
+@torch.no_grad()
+def test_validation_equals_the_reference(connected):
+    """Catches a connection in plain fine-tuning, and one from the own prompt without its matrix."""
+    cc, reference = opened(connected)
+    vectors = {"none": [None] * 3, "matrix": [reference.vector(p, -2) for p in PROMPTS],
+               "english": [reference.vector(p, -2, e) for p, e in zip(PROMPTS, ENGLISH, strict=True)]}
+    for connection, fused in vectors.items():
+        expected = sum(reference.loss(p, a, v, -2) for p, a, v in zip(PROMPTS, ANSWERS, fused, strict=True))
+        found = calls.loss(cc, *training_batch(-2), connection)
+        assert abs(found - expected) < 1e-4 * expected, connection
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("index", [-1, -2, -3])
-@pytest.mark.parametrize("connection", ["matrix", "english"])
-def test_recompute_equals_two_full_passes(cc, index, connection):
-    """Catches tokens after the connection position that keep what they read before the connection, in the logits or in
-    the cache."""
-    ids, lengths = pad(PROMPTS)
-    cache = new_cache(cc.lm.config, 3, 16, torch.float32, "cpu")
-    logits, decision = cc.prefill(ids, lengths, index, cache, connection, ["shared"] * 3, pad(ENGLISH))
-    if connection == "matrix":
-        activations = cc.transform(cc.activations(ids, lengths + index), ["shared"] * 3)
-    else:
-        english, english_lengths = pad(ENGLISH)
-        activations = cc.activations(english, english_lengths + index)
-    vector, full_decision = cc.select(activations, ids, lengths + index)
-    full = cc.lm.logits(cc.lm(ids, fused=(vector, lengths + index))[0])
-    assert (decision - full_decision).abs().max() < 1e-4
-    assert (logits - full[torch.arange(3), lengths - 1]).abs().max() < 1e-4
-    token = torch.tensor([[17], [18], [19]])
-    cached = cc.lm.logits(cc.lm(token, positions=lengths[:, None], cache=cache)[0])[:, 0]
-    longer = F.pad(ids, (0, 1)).scatter(1, lengths[:, None], token)
-    uncached = cc.lm.logits(cc.lm(longer, fused=(vector, lengths + index))[0])[torch.arange(3), lengths]
-    assert (cached - uncached).abs().max() < 1e-4
+@pytest.mark.parametrize("connection", ["matrix", "english", "none"])
+def test_answering_equals_full_passes(connected, index, connection):
+    """Catches tokens after the connection position still computed without the connection (in logits or
+    cache), logits of another token than the prompt's last, and rows that depend on each other."""
+    cc, reference = opened(connected)
+    first, scores, found = calls.answer(cc, *padded(PROMPTS), 6, index, connection, padded(ENGLISH))
+    for i, (prompt, english) in enumerate(zip(PROMPTS, ENGLISH, strict=True)):
+        vector = None
+        if connection != "none":
+            vector = reference.vector(prompt, index, english if connection == "english" else None)
+        logits, _ = reference.forward(prompt, vector, len(prompt) + index)
+        assert (first[i] - logits[-1]).abs().max() < 1e-3
+        assert falls_short(reference, prompt, found[i].tolist(), vector, index) < 1e-3
+    if connection != "none":
+        assert len(set(scores.argmax(-1).tolist())) > 1  # else the choice would not be tested
 
 
 @torch.no_grad()
-def test_unconnected_loss(cc):
-    """Catches a connection that leaks into plain fine-tuning, and a loss over other tokens than the answer's."""
-    ids, lengths = pad(PROMPTS)
-    answers = ids.masked_fill(torch.arange(ids.shape[1]) != lengths[:, None] - 1, -100)  # each row's last token
-    loss = cc(Batch(ids, answers, lengths - 2, *pad(ENGLISH)), "none")
-    logits = cc.lm.logits(cc.lm(ids)[0])[torch.arange(3), lengths - 2]
-    assert abs(loss - F.cross_entropy(logits, ids[torch.arange(3), lengths - 1], reduction="sum")) < 1e-4
-
-
-@torch.no_grad()
-def test_a_row_gets_its_own_matrix(cc):
-    """Catches per-language matrices that are handed to the wrong rows, and a product in bfloat16 in a bfloat16 run."""
-    activations = torch.randn(4, 3, 48, generator=torch.Generator().manual_seed(1))
+def test_matrix_is_applied_in_float32():
+    """Catches a product in bfloat16 in a bfloat16 run."""
+    generator = torch.Generator().manual_seed(1)
+    activations, matrix = (torch.randn(size, generator=generator) for size in ((4, 3, 48), (48, 48)))
     with torch.autocast("cpu", torch.bfloat16):
-        found = cc.transform(activations, ["hi", "sw", "hi"])
-    for i, name in enumerate(("hi", "sw", "hi")):
-        assert (found[:, i] - activations[:, i] @ cc.matrices[name]).abs().max() < 1e-4
-
-
-def test_bfloat16_step_has_every_gradient(cc):
-    """Catches weights that the English pass cast under no_grad being reused, without their gradient, in the
-    own-language pass."""
-    ids, lengths = pad(PROMPTS)
-    english, english_lengths = pad(ENGLISH)
-    labels = ids.masked_fill(torch.arange(ids.shape[1]) < 2, -100)
-    batch = Batch(ids, labels, torch.ones_like(lengths), english, english_lengths - 1)
-    grads = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        cc.zero_grad()
-        with Workers(0, 1, torch.device("cpu"), dtype).autocast():
-            loss = cc(batch, noise=gumbel_noise(0, 0, range(3), 4))
-        loss.backward()
-        grads[dtype] = {name: p.grad.clone() for name, p in cc.named_parameters()}
-    for name, exact in grads[torch.float32].items():
-        assert F.cosine_similarity(exact.flatten(), grads[torch.bfloat16][name].flatten(), dim=0) > 0.9, name
-
-
-def test_gumbel_noise():
-    """Catches noise that depends on which samples share a batch, repeats from step to step, or is not Gumbel."""
-    whole = gumbel_noise(1, 7, [3, 8, 2], 4)
-    assert whole[1:].equal(torch.cat([gumbel_noise(1, 7, [8], 4), gumbel_noise(1, 7, [2], 4)]))
-    assert not whole.equal(gumbel_noise(1, 8, [3, 8, 2], 4)) and not whole.equal(gumbel_noise(2, 7, [3, 8, 2], 4))
-    many = gumbel_noise(0, 0, range(5000), 4)
-    assert abs(many.mean() - np.euler_gamma) < 0.03 and abs(many.var() - np.pi ** 2 / 6) < 0.06
-
-
-def test_matrix_sums():
-    """Catches sums that depend on the batching, languages that leak into one another, and a shared matrix that misses
-    one."""
-    rng = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(4, 60, 12, generator=rng) for _ in range(2))
-    langs = ["sw", "hi", "de"] * 20
-    sums = MatrixSums(["de", "hi", "sw"], 12)
-    for part in torch.arange(60).split(11):
-        sums.add(x[:, part], y[:, part], [langs[i] for i in part])
-    found = sums.solve()
-    assert found.keys() == {"shared", "de", "hi", "sw"}
-    for name, matrix in found.items():
-        rows = [i for i in range(60) if name in ("shared", langs[i])]
-        expected = torch.linalg.lstsq(x[:, rows].flatten(0, 1).double(), y[:, rows].flatten(0, 1).double()).solution
-        assert (matrix - expected).abs().max() < 1e-5
+        found = calls.transform(matrix, activations)
+    assert (found - activations @ matrix).abs().max() < 1e-4
 
 
 def test_least_squares():
-    """Catches a ridge that depends on the scale of the activations, and a solution that is not of least norm or has
-    noise in the null space."""
-    rng = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(30, 8, generator=rng, dtype=torch.float64) for _ in range(2))
-    expected = torch.linalg.solve(x.T @ x + 0.1 * (x * x).sum() / 8 * torch.eye(8, dtype=torch.float64), x.T @ y)
-    assert (least_squares(x.T @ x, x.T @ y, 0.1) - expected).abs().max() < 1e-10
-    assert (least_squares(100 * x.T @ x, 100 * x.T @ y, 0.1) - expected).abs().max() < 1e-10
-    x[:, 3] = x[:, 5]
-    expected = torch.linalg.pinv(x) @ y
-    assert (least_squares(x.T @ x, x.T @ y) - expected).abs().max() < 1e-8
+    """Catches a ridge that depends on the scale of the activations or the number of prompts, and a
+    solution that is not of least norm, or noisy in the null space."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(5, 6, 8, generator=generator) for _ in range(2))
+    rows, targets = x.flatten(0, 1).double(), y.flatten(0, 1).double()
+    penalty = 0.1 * rows.square().sum() / 8 * torch.eye(8)
+    expected = torch.linalg.solve(rows.T @ rows + penalty, rows.T @ targets)
+    assert (calls.fit(x, y, 0.1) - expected).abs().max() < 1e-5
+    assert (calls.fit(10 * x, 10 * y, 0.1) - expected).abs().max() < 1e-5
+    assert (calls.fit(x.repeat(1, 3, 1), y.repeat(1, 3, 1), 0.1) - expected).abs().max() < 1e-5
+    x[..., 3] = x[..., 5]
+    expected = torch.linalg.pinv(x.flatten(0, 1).double()) @ targets
+    assert (calls.fit(x, y) - expected).abs().max() < 1e-5
 
 
-def test_r_squared():
-    """Catches layers pooled, and an R^2 against zero instead of the mean."""
-    x = torch.randn(3, 50, 6, generator=torch.Generator().manual_seed(0))
-    y = x.clone()
-    y[2] += 100.0 + 3 * torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
-    found = r_squared(torch.eye(6), x, y)
-    assert (found[:2] - 1).abs().max() < 1e-6 and found[2] < 0
-    expected = 1 - (y[2] - x[2]).square().sum() / (y[2] - y[2].mean(0)).square().sum()
-    assert abs(found[2] / expected - 1) < 1e-4
+@pytest.fixture(scope="module")
+def peer(connected):
+    """The peer with the same weights, Decision Maker and matrix."""
+    transformers = pytest.importorskip("transformers", reason="optional package: only compared with")
+    peer = HookedCCTuning(transformers.AutoModelForCausalLM.from_pretrained(connected))
+    peer.dm.weight.data = load_file(connected / "cctuning.safetensors")["decision_maker.weight"]
+    return peer
 
 
-def test_decision_maker_starts_from_the_seed(checkpoint):
-    """Catches a start that is not reproducible, or of another spread than the config's initializer_range."""
-    folder = checkpoint(hidden_size=480, num_attention_heads=4)
-    one, again, other = (load_cctuning(folder, seed=seed).decision_maker.weight for seed in (1, 1, 2))
-    assert one.equal(again) and not one.equal(other) and abs(one.std() - 0.02) < 0.002
+@pytest.mark.parametrize("english_grad", [False, True])
+def test_training_equals_hooks_on_transformers(connected, peer, english_grad):
+    """Catches a mistake shared with the reference: loss and every gradient, by another library."""
+    batch = training_batch(-2)
+    cc, (_, labels, *_) = opened(connected)[0], batch
+    loss = calls.loss(cc, *batch, noise=NOISE, english_grad=english_grad) / (labels != IGNORED).sum()
+    loss.backward()
+    peer.zero_grad()
+    expected, activations, scores, _ = peer.loss(*batch, NOISE, english_grad)
+    expected.backward()
+    assert abs(loss - expected) < 1e-4 and (scores + NOISE).argmax(-1).tolist() == [2, 0, 3]
+    wanted = {name.removeprefix("hf."): p.grad for name, p in peer.named_parameters()}
+    wanted["decision_maker.weight"] = wanted.pop("dm.weight")
+    found = calls.gradients(cc)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert (gradient - wanted[name]).abs().max() < 1e-4 * wanted[name].abs().max(), name
 
 
 @torch.no_grad()
-def test_layer_ablations(checkpoint):
-    """Catches a fixed layer that the Decision Maker overrules, one layer drawn for a whole batch, and draws at
-    inference that depend on the padding."""
-    cc = load_cctuning(checkpoint(), torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    activations, ids = torch.randn(4, 40, 48, generator=generator), torch.randint(3, 400, (40, 9), generator=generator)
-    position, noise = torch.full((40,), 6), gumbel_noise(0, 0, range(40), 4)
-    cc.source_layer = 2
-    vector, logits = cc.select(activations, ids, position, noise)
-    assert torch.equal(vector, activations[2]) and torch.equal(logits.softmax(-1)[:, 2], torch.ones(40))
-    cc.source_layer = "random"
-    for given in (noise, None):
-        vector, logits = cc.select(activations, ids, position, given)
-        chosen = logits.argmax(-1)
-        assert torch.equal(vector, activations[chosen, torch.arange(40)]) and (chosen.bincount(minlength=4) > 3).all()
-    padded = torch.cat((ids, torch.zeros(40, 5, dtype=ids.dtype)), dim=1)
-    assert torch.equal(cc.select(activations, padded, position)[1], logits)
+def test_answering_equals_hooks_on_transformers(connected, peer):
+    """Catches the same in answering: logits after a connected prompt, and the chosen layer."""
+    ids, lengths = padded(PROMPTS)
+    matrix = load_file(connected / "cctuning.safetensors")["transform_matrix"]
+    logits, _, chosen = peer.prefill(ids, lengths - 2, matrix, torch.zeros(4))
+    found, scores, _ = calls.answer(opened(connected)[0], ids, lengths, 1, -2, "matrix")
+    assert (found - logits[torch.arange(3), lengths - 1]).abs().max() < 1e-3
+    assert scores.argmax(-1).equal(chosen.argmax(-1))
+
+
+# ----------------------------------------------------------------------------- through the scripts
+
+MANY = PAIRS + [(f"swali {i}?", f"question {3 * i}?", "jibu", "sw") for i in range(18)]
+
+
+def first_loss(run, model, out, **options):
+    """The loss of one step over all of MANY, of a run that changes no weight."""
+    data, size = write_data(out.with_suffix(".jsonl"), MANY), len(MANY)
+    code, _, err = run(*training(model, data, out, lr=0, epochs=1, matrix_prompts=1, batch_size=size,
+                                 micro_batch=size, **options))
+    assert code == 0, err
+    return losses(out)[0]
+
+
+@pytest.mark.parametrize("source_layer", [2, "random"])
+def test_layer_ablations(checkpoint, tmp_path, run, source_layer):
+    """Catches a fixed layer overruled by the Decision Maker, one layer drawn for a whole batch, draws at
+    inference that depend on batch or padding, and a choice not saved with the model."""
+    folder, out = checkpoint(), tmp_path / "out"
+    found, reference = first_loss(run, folder, out, source_layer=source_layer, seed=3), Reference(folder)
+    total = count = 0
+    for i, (own, english, answer, _) in enumerate(MANY):
+        layer = gumbel(3, 0, i, 4).argmax() if source_layer == "random" else source_layer
+        (own, index, _), (english, _, _) = prompt_ids(folder, own), prompt_ids(folder, english)
+        answer = answer_ids(folder, answer)
+        total += reference.loss(own, answer, reference.activations(english, index)[layer], index).item()
+        count += len(answer)
+    assert abs(found - total / count) < 1e-4
+    layers = []
+    for size in (1, 4):
+        answers = tmp_path / f"{size}.jsonl"
+        assert run("infer", "--model", out, "--input", tmp_path / "out.jsonl", "--output", answers,
+                   "--explain", "--max_new_tokens=1", "--batch_size", size)[0] == 0
+        layers.append([line["layer"] for line in json_lines(answers)])
+    assert layers[0] == layers[1]
+    assert set(layers[0]) == ({2} if source_layer == 2 else {0, 1, 2, 3})
+
+
+def test_decision_maker_starts_from_the_seed(checkpoint, tmp_path, run):
+    """Catches an irreproducible start, or one of another spread than the config's initializer_range."""
+    starts, wide = [], checkpoint(initializer_range=0.1)
+    for out, seed, spread in (("a", 1, 0.02), ("b", 1, 0.02), ("c", 2, 0.02), ("d", 1, 0.1)):
+        first_loss(run, wide if spread == 0.1 else checkpoint(), tmp_path / out, seed=seed)
+        starts.append(load_file(tmp_path / out / "cctuning.safetensors")["decision_maker.weight"])
+        assert abs(starts[-1].std() / spread - 1) < 0.15
+    assert starts[0].equal(starts[1]) and not starts[0].equal(starts[2])
+
+
+def test_bfloat16_step_has_every_gradient(checkpoint, tmp_path, run):
+    """Catches a --dtype bfloat16 computed in float32, and lost gradients: weights cast in the English
+    pass under no_grad must not be reused in the own-language pass.
+
+    AdamW's first step moves each weight by the learning rate, against the sign of its gradient.
+    """
+    folder, data, moved = checkpoint(), write_data(tmp_path / "data.jsonl"), {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        assert run(*training(folder, data, out, epochs=1, dtype=dtype, matrix_prompts=1))[0] == 0
+        moved[dtype] = {name: (tensors(out)[name] - t).flatten() for name, t in tensors(folder).items()}
+    assert losses(tmp_path / "float32")[0] != losses(tmp_path / "bfloat16")[0]
+    for name, exact in moved["float32"].items():
+        assert F.cosine_similarity(exact, moved["bfloat16"][name], dim=0) > 0.8, name

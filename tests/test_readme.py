@@ -8,14 +8,16 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| (.+?) \| \[(\w+)\.py\]\(\2\.py\) \| (.+) \|$", README, re.MULTILINE)  # step, file, functions
+# the rows of the table "The paper in the code": (step, file, functions)
+ROWS = re.findall(r"^\| (.+?) \| \[(\w+)\.py\]\(\2\.py\) \| (.+) \|$", README, re.MULTILINE)
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
             for line in re.findall(r"(\w+)\.py ([^#|;&\n]*)", block.replace("\\\n", " "))]
 
 
 @pytest.mark.parametrize("step, file, names", ROWS, ids=[row[0][:30] for row in ROWS])
 def test_the_paper_in_the_code(step, file, names):
-    """Catches a function that was renamed, moved to another file or removed, and is still shown to the reader."""
+    """Catches a function that was renamed, moved to another file or removed, and is still shown to the
+    reader."""
     for name in re.findall(r"`([\w.]+)`", names):
         reduce(getattr, name.split("."), importlib.import_module(file))
 
@@ -31,7 +33,8 @@ def test_options(script, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse_args(["--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
-    used = {flag for name, arguments in COMMANDS if name == script for flag in re.findall(r"--\w+", arguments)}
+    used = {flag for name, arguments in COMMANDS if name == script
+            for flag in re.findall(r"--\w+", arguments)}
     assert len(used) >= 3 and used <= known, used - known
 
 

@@ -1,247 +1,433 @@
-"""Training: data, batches, the loss of a step, what is saved."""
+"""Training: what a run reads, the losses of its steps, what it fits, measures and saves.
+
+Runs of the script are compared with tests/reference.py, which computes one prompt at a time.
+"""
 import json
+import math
+import re
+import shutil
+import signal
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
-import infer
-import train
-from cctuning import gumbel_noise, load_cctuning
-from conftest import (PAIRS, UNEVEN, logged, losses, tensors, training, worst_difference, write_checkpoint,
-                      write_data)
-from model import Config, Tokenizer, pad
+from conftest import (PAIRS, ROOT, json_lines, logged, losses, reading, same, tensors, training,
+                      write_checkpoint, write_connection, write_data)
+from reference import Reference, gumbel, prompt_ids
+
+SAMPLES = [(own + end, english + end, answer + end, lang) for end in ("", " tano", " na mbili na tatu")
+           for own, english, answer, lang in PAIRS][:12]
+SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+HELD = [("nani?", "who?", "mimi", "sw"), ("Wer?", "Who?", "ich und du und er und sie", "de"),
+        ("who?", "who?", "I", "en")]
+RUNS = {  # what is trained, in steps of 4 of the 12 samples
+    "llama3": {"template": "llama3", "seed": 3, "torch_dtype": "bfloat16"},
+    "chatml": {"template": "chatml", "english_grad": True, "micro_batch": 3},
+    "mistral": {"template": "mistral", "micro_batch": 2, "layers": 2},
+    "sft": {"template": "plain", "method": "sft", "micro_batch": 1, "epochs": 10, "layers": 1},
+}
 
 
-def note_of(folder):
+def noted(folder):
     """What the run noted in the result's config.json."""
     return json.loads((folder / "config.json").read_text())["cctuning"]
 
 
-@pytest.mark.parametrize("method, english_grad", [("cc", False), ("cc", True), ("sft", False)])
-def test_accumulation_equals_one_batch(checkpoint, tmp_path, run, method, english_grad):
-    """Catches a mean of means (answers differ in length), gradients averaged over micro-batches, and Gumbel noise that
-    depends on the micro-batch. (For several processes: test_distributed.py.)"""
-    data, one, parts = write_data(tmp_path / "data.jsonl", UNEVEN), tmp_path / "one", tmp_path / "parts"
-    options = {"method": method, "english_grad": english_grad, "seed": 3}
-    for out, micro_batch in ((one, 6), (parts, 2)):
-        code, _, err = run(*training(checkpoint(), data, out, micro_batch=micro_batch, **options))
-        assert code == 0, err
-    assert len(losses(one)) == 6 and losses(one)[0] > losses(one)[-1]
-    assert np.abs(losses(parts) - losses(one)).max() < 1e-5
-    assert np.abs(logged(parts, "grad_norm") / logged(one, "grad_norm") - 1).max() < 1e-4
-    assert worst_difference(tensors(parts), tensors(one)) < 1e-4
-    assert (one / "cctuning.safetensors").exists() == (method == "cc")
+def encoded(folder, pairs, template="plain"):
+    """(prompt, English prompt, answer with its end of turn, connection position from the prompt's end) of
+    each pair."""
+    sp, rows = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), []
+    for own, english, answer, _ in pairs:
+        prompt, index, turn = prompt_ids(folder, own, template)
+        rows.append((prompt, prompt_ids(folder, english, template)[0], [*sp.encode(answer), turn], index))
+    return rows
 
 
-def test_checkpoint_activations(checkpoint, tmp_path, run, monkeypatch):
-    """Catches an option that is parsed and then saves no memory: each layer of both passes is to go through
-    torch.utils.checkpoint, and the losses to be the same."""
-    calls, once, data = [], train.checkpoint, write_data(tmp_path / "data.jsonl", PAIRS)
-    monkeypatch.setattr(train, "checkpoint", lambda *given, **options: calls.append(1) or once(*given, **options))
-    for out, option in (("plain", False), ("less", True)):
-        command = training(checkpoint(), data, tmp_path / out, checkpoint_activations=option, matrix_prompts=1)
-        assert run(*command)[0] == 0
-        assert len(calls) >= (2 * 2 * 4 if option else 0) and bool(calls) == option  # steps, passes, layers
-    assert np.abs(losses(tmp_path / "less") - losses(tmp_path / "plain")).max() < 1e-5
+def found_in(calls, rows):
+    """The numbers of the rows of ids, in the order in which a model read them (right-padded with 0)."""
+    numbers = {tuple(row): i for i, row in enumerate(rows)}
+    read = [row for call in calls if isinstance(call[0], list) for row in call]
+    ends = (max((i for i, token in enumerate(row) if token), default=0) + 1 for row in read)
+    keys = [tuple(row[:end]) for row, end in zip(read, ends, strict=True)]
+    return [numbers[key] for key in keys if key in numbers]
 
 
-@pytest.mark.parametrize("english_grad", [False, True])
-def test_equals_a_plain_loop(checkpoint, tmp_path, run, english_grad):
-    """Catches what every way of running has in common: gradients kept from the last step, betas, weight decay, Gumbel
-    noise left out or repeated, --english_grad that changes nothing, a matrix fitted at another position, from English
-    to own language, or without its ridge."""
-    folder, data, out = checkpoint("chatml"), write_data(tmp_path / "data.jsonl", PAIRS[:5]), tmp_path / "out"
-    code, _, err = run(*training(folder, data, out, epochs=3, batch_size=3, english_grad=english_grad, ridge=0.1))
-    assert code == 0, err
-    cc, tokenizer = load_cctuning(folder, torch.float32), Tokenizer(folder, Config.read(folder))
-    samples, _ = train.read_samples(data, tokenizer, 256)
-    optimizer = torch.optim.AdamW(cc.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
-    steps = [numbers for epoch in range(3) for numbers in train.plan(samples, 3, 0, epoch)]
-    log = zip(losses(out), logged(out, "grad_norm"), logged(out, "lr"), strict=True)
-    for step, (numbers, (logged_loss, logged_norm, lr)) in enumerate(zip(steps, log, strict=True)):
-        batch = train.collate([samples[i] for i in numbers], tokenizer.connection_index)
-        loss = cc(batch, "english", gumbel_noise(0, step, numbers, 4), english_grad) / (batch.labels != -100).sum()
+def mean_loss(model, rows, connection):
+    """Validation: the mean loss of all answer tokens, the layer being the Decision Maker's first choice."""
+    total = 0.0
+    with torch.no_grad():
+        for prompt, english, answer, index in rows:
+            if connection == "english":
+                total += model.connected_loss(prompt, english, answer, index)
+            else:
+                vector = model.vector(prompt, index) if connection == "matrix" else None
+                total += model.loss(prompt, answer, vector, index)
+    return float(total) / sum(len(answer) for _, _, answer, _ in rows)
+
+
+def retrained(folder, rows, steps, rates, held, seed=0, method="cc", english_grad=False):
+    """The steps (lists of sample numbers) of a run, computed plainly: (model, [loss], [gradient norm], {step:
+    held-out loss}), the last after each third step."""
+    model, found = Reference(folder), SimpleNamespace(losses=[], norms=[], held={})
+    shape = model.config["num_hidden_layers"], model.config["hidden_size"]
+    start = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if method == "cc":
+        model.tensors["decision_maker.weight"] = start.requires_grad_()
+    parameters = list(model.tensors.values())
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    for step, (numbers, rate) in enumerate(zip(steps, rates, strict=True)):
+        total = 0
+        for i in numbers:
+            prompt, english, answer, index = rows[i]
+            noise = gumbel(seed, step, i, shape[0])
+            total += (model.loss(prompt, answer) if method == "sft" else
+                      model.connected_loss(prompt, english, answer, index, noise, english_grad))
+        loss = total / sum(len(rows[i][2]) for i in numbers)  # of all answer tokens of the step
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(cc.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = lr
+        found.losses.append(loss.item())
+        found.norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0).item())
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        assert abs(loss.item() - logged_loss) < 1e-4 and abs(norm.item() / logged_norm - 1) < 1e-3, step
-    saved = load_cctuning(out)
-    assert max((a - b).abs().max().item() for a, b in zip(cc.parameters(), saved.parameters(), strict=True)) < 1e-5
-    foreign = [s for s in samples if not s.is_english]  # four: none is held out
+        if step % 3 == 2:
+            found.held[step + 1] = mean_loss(model, held, "english" if method == "cc" else "none")
+    return model, found
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def trained(request, ran, tmp_path_factory):
+    """One of RUNS: its folders, options, what the script said and read, and the same run by the reference."""
+    options, base = dict(RUNS[request.param]), tmp_path_factory.mktemp(request.param)
+    template, dtype = options.pop("template"), options.pop("torch_dtype", "float32")
+    changes = {"torch_dtype": dtype, "num_hidden_layers": options.pop("layers", 4)}
+    folder, out = write_checkpoint(base / "model", template, **changes), base / "out"
+    weights, kind = load_file(folder / "model.safetensors"), getattr(torch, dtype)
+    save_file({name: t.to(kind) for name, t in weights.items()}, folder / "model.safetensors")
+    options |= {} if options.get("method") == "sft" else {"ridge": 0.1}
+    files = write_data(base / "data.jsonl", SAMPLES), write_data(base / "held.jsonl", HELD)
+    with reading() as calls:
+        said = ran(*training(folder, files[0], out, batch_size=4, eval_data=files[1], **options))
+    rows, held = encoded(folder, SAMPLES, template), encoded(folder, HELD, template)
+    order = found_in(calls, [prompt + answer for prompt, _, answer, _ in rows])
+    steps = [order[i:i + 4] for i in range(0, len(order), 4)]
+    own = {name: options[name] for name in ("seed", "method", "english_grad") if name in options}
+    model, expected = retrained(folder, rows, steps, logged(out, "lr"), held, **own)
+    return SimpleNamespace(folder=folder, out=out, options=options, template=template, said=said, calls=calls,
+                           rows=rows, held=held, steps=steps, model=model, expected=expected)
+
+
+def test_steps(trained):
+    """Catches a connection position that is the template's only by chance, a layer that is not the one drawn,
+    noise that repeats or is left out, a mean of means, gradients kept from the step before, other betas,
+    weight decay, clipping or rounding than documented, --english_grad or --seed without effect."""
+    epochs = [trained.steps[i:i + 3] for i in range(0, len(trained.steps), 3)]
+    assert len(epochs) == trained.options.get("epochs", 2)
+    assert all(sorted(sum(epoch, [])) == list(range(12)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert logged(trained.out, "step")[:3].tolist() == [1, 2, 3]
+    assert np.abs(losses(trained.out) - trained.expected.losses).max() < 1e-4
+    assert np.abs(logged(trained.out, "grad_norm") / trained.expected.norms - 1).max() < 1e-3
+    assert max(trained.expected.norms) > 2  # what clipping at 1 changes
+
+
+def test_learning_rate(trained):
+    """Catches a warm-up that starts at zero, never ends or has another length, and a cosine that does not
+    come down."""
+    count, peak = len(trained.steps), 1e-2
+    warm = math.ceil(count / 10)
+    rest = [(1 + math.cos(math.pi * i / (count - warm))) / 2 for i in range(count - warm)]
+    expected = [peak * (i + 1) / warm for i in range(warm)] + [peak * share for share in rest]
+    assert logged(trained.out, "lr") == pytest.approx(expected, rel=1e-6)
+
+
+def test_saved_weights(trained):
+    """Catches weights trained in the dtype they are stored in, or saved in another, a Decision Maker left out
+    or rounded, and a config.json that is not the old one."""
+    found, stored = tensors(trained.out), tensors(trained.folder)
+    for name, weight in trained.model.tensors.items():
+        kept = stored[name].dtype if name in stored else torch.float32
+        assert found[name].dtype == kept
+        weight = weight.detach().to(kept).float()
+        # The mean: AdamW may move a weight whose gradient is all rounding either way.
+        assert (found[name].float() - weight).abs().mean() < 1e-5 * (1 + 10 * (kept == torch.bfloat16)), name
+    extra = set() if trained.options.get("method") == "sft" else {"transform_matrix"}
+    assert found.keys() - trained.model.tensors.keys() == extra
+    config = json.loads((trained.out / "config.json").read_text())
+    assert config.pop("cctuning") and config == json.loads((trained.folder / "config.json").read_text())
+    index = json.loads((trained.out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(found[name].nbytes for name in stored)
+
+
+def pairs_of(model, rows):
+    """X and Y (L, N, d), float64, of the prompts in these rows and of their English versions."""
     with torch.no_grad():
-        x, y = (cc.activations(ids, lengths + tokenizer.connection_index).flatten(0, 1).double() for ids, lengths in
-                (pad([s.ids[:s.prompt_length] for s in foreign]), pad([s.english_ids for s in foreign])))
-    expected = torch.linalg.solve(x.T @ x + 0.1 * x.square().sum() / 48 * torch.eye(48), x.T @ y)
-    assert (saved.matrices["shared"] - expected).abs().max() < 1e-3 * expected.abs().max()
+        x = torch.stack([model.activations(prompt, index) for prompt, _, _, index in rows], 1)
+        y = torch.stack([model.activations(english, index) for _, english, _, index in rows], 1)
+    return x.double(), y.double()
 
 
-def test_keeps_dtype_and_template(tmp_path, run):
-    """Catches weights saved in float32 whatever they came in, and a --template that is forgotten with the run."""
-    folder, out = write_checkpoint(tmp_path / "model"), tmp_path / "out"
-    weights = {name: t.bfloat16() for name, t in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors")
-    data = write_data(tmp_path / "data.jsonl", repeat=2)
-    run(*training(folder, data, out, epochs=1, template="llama2"))
-    found = tensors(out)
-    assert {found[name].dtype for name in weights} == {torch.bfloat16}
-    assert found["transform_matrix"].dtype == torch.float32
-    assert Tokenizer(out, Config.read(out)).template == "llama2"
+def fitted(model, rows, ridge):
+    """W (d, d) of these rows."""
+    x, y = (side.flatten(0, 1) for side in pairs_of(model, rows))
+    penalty = ridge * x.square().sum() / x.shape[1] * torch.eye(x.shape[1])
+    return torch.linalg.solve(x.T @ x + penalty, x.T @ y)
 
 
-def test_fit_is_measured_on_other_prompts(checkpoint, tmp_path, run):
-    """Catches R^2 taken on the prompts of the fit (1.00 here, where few prompts are fitted exactly), and
-    --matrix_prompts ignored."""
-    pairs = [(f"swali {i} {i * 7}", f"question {i * 3}", "jibu", "sw") for i in range(30)]
-    data = write_data(tmp_path / "data.jsonl", pairs)
-    run(*training(checkpoint(), data, tmp_path / "out", epochs=1, matrix_prompts=5))
-    note = note_of(tmp_path / "out")["matrix"]
-    assert (note["prompts"], note["held_out"]) == (5, 6) and max(note["r_squared"]) < 0.9
+def explained(model, rows, matrix):
+    """R^2 of each layer on these rows."""
+    x, y = pairs_of(model, rows)
+    rest, spread = (y - x @ matrix).square().sum((1, 2)), (y - y.mean(1, keepdim=True)).square().sum((1, 2))
+    return (1 - rest / spread).tolist()
 
 
-def test_same_seed_same_run(checkpoint, tmp_path, run):
-    """Catches randomness outside the seed, and a seed that changes nothing."""
-    data = write_data(tmp_path / "data.jsonl", repeat=2)
-    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(*training(checkpoint(), data, tmp_path / out, seed=seed, epochs=1))
-    a, b, c = (tensors(tmp_path / out) for out in "abc")
-    assert worst_difference(a, b) == 0 and worst_difference(a, c) > 0
+def test_matrix_and_validation(trained):
+    """Catches a matrix fitted at another position, on English prompts, from English to own language, without
+    its ridge or with what it is measured on, and a validation loss that is no mean over answer tokens, comes
+    at other steps than an epoch's last, or whose connection is not what it says."""
+    model, method = trained.model, trained.options.get("method", "cc")
+    each = [entry for entry in json_lines(trained.out / "train_log.jsonl") if "eval_loss" in entry]
+    last = each.pop()["eval_loss"]
+    connections = {"cc": ("english", "matrix", "none"), "sft": ("none",)}[method]
+    trained.expected.held.pop(len(trained.steps))  # of the last epoch: `last`, once the matrix is there
+    assert {entry["step"]: entry["eval_loss"] for entry in each} == {
+        step: {connections[0]: pytest.approx(loss, abs=1e-4)} for step, loss in trained.expected.held.items()}
+    if method == "cc":
+        foreign = [row for row, pair in zip(trained.rows, SAMPLES, strict=True) if pair[0] != pair[1]]
+        order = found_in(trained.calls, [prompt for prompt, *_ in foreign])  # first the fit's, then others
+        fit, test = [foreign[i] for i in order[:8]], [foreign[i] for i in order[8:]]
+        note, matrix = noted(trained.out)["matrix"], fitted(model, fit, 0.1)
+        assert (note["prompts"], note["held_out"], note["ridge"], len(set(order))) == (8, 2, 0.1, 10)
+        saved = tensors(trained.out)["transform_matrix"]
+        assert saved.dtype == torch.float32 and (saved - matrix).abs().max() < 1e-3 * matrix.abs().max()
+        assert note["r_squared"] == pytest.approx(explained(model, test, matrix), abs=2e-3)
+        model.tensors["transform_matrix"] = matrix.float()
+    assert last == {c: pytest.approx(mean_loss(model, trained.held, c), abs=1e-4) for c in connections}
 
 
-@pytest.fixture
-def tokenizer(checkpoint):
-    folder = checkpoint("llama3")
-    return Tokenizer(folder, Config.read(folder))
+def test_noted(trained):
+    """Catches a template, method or option that is forgotten with the run, and languages that infer.py cannot
+    list."""
+    note, method = noted(trained.out), trained.options.get("method", "cc")
+    assert (note["template"], note["method"]) == (trained.template, method)
+    assert all(note["arguments"][name] == value for name, value in trained.options.items())
+    assert note.get("languages") == (["de", "en", "hi", "sw"] if method == "cc" else None)
+    assert f"template {trained.template}, {len(trained.steps)} steps" in trained.said
+    assert (trained.out / "cctuning.safetensors").exists() == (method == "cc")
+    printed = [int(step) for step in re.findall(r"^step +(\d+)/", trained.said, re.MULTILINE)]
+    assert printed == sorted({*range(10, len(trained.steps), 10), len(trained.steps)})
 
 
-def test_targets(tokenizer, tmp_path):
-    """Catches an end of turn that is not trained on, a prompt token that is, padding that is, and a connection position
-    off by one."""
-    samples, _ = train.read_samples(write_data(tmp_path / "data.jsonl"), tokenizer, 256)
-    batch = train.collate(samples, tokenizer.connection_index)
-    for i, (own, english, answer, _) in enumerate(PAIRS):
-        prompt = tokenizer.prompt(own)
-        targets = batch.labels[i][batch.labels[i] != -100].tolist()
-        assert targets == tokenizer.answer(answer) and targets[-1] == tokenizer.control["<|eot_id|>"]
-        assert batch.ids[i, :len(prompt)].tolist() == prompt and batch.position[i] == len(prompt) - 1
-        assert batch.english_position[i] == len(tokenizer.prompt(english)) - 1
+# ---------------------------------------------------------------------------------------- options of training
+
+@pytest.mark.parametrize("layer", [2, "random"])
+def test_layer_ablations(checkpoint, tmp_path, ran, layer):
+    """Catches a fixed layer that the Decision Maker overrules, a random one that is not drawn for each
+    sample, one that is forgotten when the matrix is fitted again, and a Decision Maker that is trained though
+    it does not choose."""
+    data, one, two = write_data(tmp_path / "data.jsonl", PAIRS), tmp_path / "one", tmp_path / "two"
+    ran(*training(checkpoint(), data, one, source_layer=layer, epochs=1))
+    ran(*training(one, data, two, epochs=0, seed=5))
+    assert [noted(folder)["source_layer"] for folder in (one, two)] == [layer, layer]
+    start = 0.02 * torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
+    assert all(tensors(folder)["decision_maker.weight"].equal(start) for folder in (one, two))
+    model, total, rows = Reference(checkpoint()), 0, encoded(checkpoint(), PAIRS)
+    for i, (prompt, english, answer, index) in enumerate(rows):
+        number = int(gumbel(0, 0, i, 4).argmax()) if layer == "random" else layer
+        total += model.loss(prompt, answer, model.activations(english, index)[number], index).item()
+    assert abs(losses(one)[0] - total / sum(len(row[2]) for row in rows)) < 1e-4
 
 
-def test_lengths(tokenizer, tmp_path):
-    """Catches an English prompt cut to the other language's length, a prompt cut instead of dropped, an answer not cut
-    at --max_length."""
-    english = "a much longer question in English: " + "what? " * 9
-    data = write_data(tmp_path / "data.jsonl", [
-        ("fupi", english, "jibu refu " * 30, "sw"),
-        ("ndefu " * 60, "short", "jibu", "sw"),
-        ("fupi", "long " * 60, "jibu", "sw"),
-    ])
-    samples, dropped = train.read_samples(data, tokenizer, 100)
-    assert dropped == 2 and len(samples) == 1
-    assert len(samples[0].ids) == 100 and samples[0].english_ids == tokenizer.prompt(english)
+def test_bfloat16(checkpoint, tmp_path, ran):
+    """Catches a --dtype that computes in float32, weights that are trained or fitted in bfloat16, and a
+    weight's copy that the English pass made without a graph and that keeps its gradient from the own-language
+    pass."""
+    data, out = write_data(tmp_path / "data.jsonl", SAMPLES), {}
+    for dtype in ("float32", "bfloat16"):
+        out[dtype] = tmp_path / dtype
+        ran(*training(checkpoint(), data, out[dtype], dtype=dtype, lr=1e-3, ridge=0.1))
+    exact, low = (losses(out[dtype]) for dtype in out)
+    assert 1e-4 < np.abs(low / exact - 1).max() < 0.02
+    before, exact, low = (tensors(folder) for folder in (checkpoint(), *out.values()))
+    for name, weight in low.items():
+        assert weight.dtype == torch.float32 and not weight.equal(weight.bfloat16().float()), name
+        start = before.get(name, 0)
+        moves = [(t[name] - start).flatten() for t in (exact, low)]
+        assert torch.cosine_similarity(*moves, dim=0) > 0.95, name
 
 
-def test_schema(tokenizer, tmp_path):
-    """Catches a JSON list read otherwise than JSON lines, an "input" that is lost, and English samples that are not
-    seen as such."""
-    lines = [{"instruction": "Jibu:", "input": "2 + 3", "output": "5", "instruction_en": "Answer: 2 + 3"},
-             {"instruction": "Answer:", "input": "2 + 3", "output": "5", "instruction_en": "Answer:"}]
-    (tmp_path / "list.json").write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
-    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    a, b = (train.read_samples(tmp_path / name, tokenizer, 256)[0] for name in ("list.json", "lines.jsonl"))
-    assert a == b and [s.is_english for s in a] == [False, True]
-    assert a[0].ids[:a[0].prompt_length] == tokenizer.prompt("Jibu:\n2 + 3")
-    assert a[1].english_ids == a[1].ids[:a[1].prompt_length] == tokenizer.prompt("Answer:\n2 + 3")
+def test_checkpoint_activations(checkpoint, tmp_path, ran):
+    """Catches a layer that is not computed again, or an option that is parsed and then saves no memory: each
+    product with a weight is to be done twice, the head's once, with the same losses."""
+    data, counts = write_data(tmp_path / "data.jsonl", PAIRS), {}
+    for option in (False, True):
+        calls = counts[option] = Counter()
+
+        def count(module, _, calls=calls):
+            calls.update([module] * isinstance(module, torch.nn.Linear))
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+        out = tmp_path / str(option)
+        ran(*training(checkpoint(), data, out, method="sft", checkpoint_activations=option))
+        handle.remove()
+    assert sorted(counts[False].values()) == [2] * (4 * 7 + 1)  # steps
+    assert sorted(counts[True].values()) == [2] + [4] * (4 * 7)
+    assert np.abs(losses(tmp_path / "True") - losses(tmp_path / "False")).max() < 1e-5
 
 
-def test_english_version_of_a_prompt_to_answer(checkpoint, tmp_path, run, monkeypatch):
-    """Catches an "input" that the English pass sees in training and not in answering, and a --lang that overrules the
-    line's own."""
-    own = {"instruction": "Answer:", "input": "2 + 3", "instruction_en": "Answer:", "output": "5", "lang": "de"}
-    data, seen, prompt = tmp_path / "data.jsonl", [], infer.Engine.prompt
-    data.write_text(json.dumps(own))
-    monkeypatch.setattr(infer.Engine, "prompt", lambda *given: seen.append(given[1:4]) or prompt(*given))
-    assert run("infer", "--model", checkpoint(), "--input", data, "--lang", "sw", "--max_new_tokens", 1)[0] == 0
-    assert seen == [("Answer:\n2 + 3", "Answer:\n2 + 3", "de")]
-
-
-@pytest.mark.parametrize("batch_size", [4, 50, 128, 300])
-def test_plan(batch_size):
-    """Catches samples lost or seen twice in an epoch, an order that repeats or follows length, and rows of very
-    different length together."""
-    rng = np.random.default_rng(0)
-    samples = [train.Sample([0] * int(n), 1, [0], None, False) for n in rng.integers(2, 400, 700)]
-    steps = train.plan(samples, batch_size, 0, 0)
-    assert sorted(i for step in steps for i in step) == list(range(700))
-    assert [len(s) for s in steps if len(s) != batch_size] in ([], [700 % batch_size])
-    assert [list(s) for s in steps] != [list(s) for s in train.plan(samples, batch_size, 0, 1)]
-    lengths = [[len(samples[i].ids) for i in step] for step in steps]
-    assert all(step == sorted(step, reverse=True) for step in lengths)
-    means = [np.mean(step) for step in lengths]
-    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5 or len(means) < 10
-    computed = sum(len(step[i:i + 4]) * step[i] for step in lengths for i in range(0, len(step), 4))
-    assert 1 - sum(map(sum, lengths)) / computed < 0.15  # padding
-
-
-def test_deal():
-    """Catches a sample that no process gets, or two get, and processes that would wait for one another for ever."""
-    for world in (1, 2, 3, 5):
-        dealt = [list(train.Workers(rank, world, None, None).deal(list(range(11)), 2)) for rank in range(world)]
-        assert len({len(groups) for groups in dealt}) == 1
-        assert sorted(i for groups in dealt for group, real in groups if real for i in group) == list(range(11))
-
-
-def test_only_the_matrix(checkpoint, tmp_path, run):
-    """Catches --epochs 0 that changes weights or the Decision Maker, and per-language matrices that are not saved."""
-    data, trained, fitted = write_data(tmp_path / "data.jsonl", repeat=4), tmp_path / "trained", tmp_path / "fitted"
-    run(*training(checkpoint(), data, trained, epochs=1))
-    code, _, err = run(*training(trained, data, fitted, epochs=0, per_language=True, ridge=0.1))
-    assert code == 0, err
-    before, after = tensors(trained), tensors(fitted)
-    assert after.keys() - before.keys() == {"transform_matrix.de", "transform_matrix.hi", "transform_matrix.sw"}
-    assert all(before[name].equal(after[name]) for name in before if name != "transform_matrix")
-    assert not before["transform_matrix"].equal(after["transform_matrix"])
-    note = note_of(fitted)
-    assert note["arguments"]["epochs"] == 0
-    assert note["matrix"]["ridge"] == 0.1 and len(note["matrix"]["r_squared"]) == 4
-    assert sum(note["matrix"]["prompts_per_language"].values()) == note["matrix"]["prompts"] == 16
-    assert load_cctuning(fitted).matrices.keys() == {"shared", "de", "hi", "sw"}
-
-
-def test_validation_loss(checkpoint, tmp_path, run):
-    """Catches a validation loss that is not the mean over answer tokens, or one whose connection is not what it
-    says."""
-    data, out = write_data(tmp_path / "data.jsonl", repeat=2), tmp_path / "out"
-    code, _, err = run(*training(checkpoint(), data, out, eval_data=data, micro_batch=4))
-    assert code == 0, err
-    first, last = logged(out, "eval_loss")
-    assert first.keys() == {"english"} and last.keys() == {"english", "matrix", "none"}
-    cc, tokenizer = load_cctuning(out), Tokenizer(out, Config.read(out))
-    samples, _ = train.read_samples(data, tokenizer, 256)
-    batches = [train.collate([s], tokenizer.connection_index) for s in samples]
-    with torch.no_grad():
-        for connection, loss in last.items():
-            expected = sum(cc(b, connection) for b in batches) / sum((b.labels != -100).sum() for b in batches)
-            assert abs(loss - expected) < 1e-4, connection
-
-
-def test_learning_rate(checkpoint, tmp_path, run):
-    """Catches a warm-up that starts at zero or never ends, and a cosine that does not come down."""
-    data = write_data(tmp_path / "data.jsonl", repeat=5)
-    run(*training(checkpoint(), data, tmp_path / "out", epochs=4, lr=1e-3))
-    rates = logged(tmp_path / "out", "lr").tolist()
-    assert len(rates) == 20 and rates[:2] == [5e-4, 1e-3] and 0 < rates[-1] < 2e-5
-    assert rates[1:] == sorted(rates[1:], reverse=True)
-
-
-def test_an_ablation_outlives_refitting(checkpoint, tmp_path, run):
-    """Catches a fixed layer that is forgotten when the matrix is fitted again, and a Decision Maker that is trained
-    though it does not choose."""
+def test_same_seed_same_run(checkpoint, tmp_path, ran):
+    """Catches randomness outside the seed."""
     data = write_data(tmp_path / "data.jsonl", PAIRS)
-    assert run(*training(checkpoint(), data, tmp_path / "one", source_layer=2, epochs=1))[0] == 0
-    assert run(*training(tmp_path / "one", data, tmp_path / "two", epochs=0))[0] == 0
-    found, start = load_cctuning(tmp_path / "two"), load_cctuning(checkpoint())
-    assert found.source_layer == 2 and torch.equal(found.decision_maker.weight, start.decision_maker.weight)
+    for out in "ab":
+        ran(*training(checkpoint(**SMALL), data, tmp_path / out, seed=1, epochs=1))
+    assert same(tmp_path / "a", tmp_path / "b")
+
+
+def test_only_the_matrix(checkpoint, tmp_path, ran):
+    """Catches --epochs 0 that changes weights or the Decision Maker, a fit on English prompts, on too few, on
+    the first ones, on the same for every seed, or on what it is measured on (R^2 would be 1 here)."""
+    pairs = [(f"{'swali' if i % 4 else 'question'} {i}", f"question {i}", "jibu", "") for i in range(60)]
+    data, model, read = write_data(tmp_path / "data.jsonl", pairs), tmp_path / "model", []
+    ran(*training(checkpoint(), write_data(tmp_path / "few.jsonl", PAIRS), model, epochs=1))
+    foreign = [prompt if i % 4 else [] for i, (prompt, *_) in enumerate(encoded(checkpoint(), pairs))]
+    for seed in (0, 1):
+        out = tmp_path / f"{seed}"
+        with reading() as calls:
+            ran(*training(model, data, out, epochs=0, matrix_prompts=8, seed=seed))
+        read.append(found_in(calls, foreign))
+        note, before, after = noted(out)["matrix"], tensors(model), tensors(out)
+        assert before.keys() == after.keys()
+        assert [name for name in before if not before[name].equal(after[name])] == ["transform_matrix"]
+        assert (note["prompts"], note["held_out"]) == (8, 9) and max(note["r_squared"]) < 0.9
+        assert len(set(read[-1])) == len(read[-1]) == 17 and all(i % 4 for i in read[-1])
+        assert max(read[-1][:8]) > 30 and max(read[-1][8:]) > 30  # a draw, of the fit and of what is kept out
+    assert set(read[0][:8]) != set(read[1][:8])
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+@pytest.mark.parametrize("batch_size", [4, 50])
+def test_order(checkpoint, tmp_path, ran, batch_size):
+    """Catches samples lost or seen twice in an epoch, an order that repeats or follows length, and rows of
+    very different length together."""
+    rng = np.random.default_rng(0)
+    pairs = [(f"{i}", "x", "mbili " * int(n), "sw") for i, n in enumerate(rng.integers(1, 60, 150))]
+    data, folder = write_data(tmp_path / "data.jsonl", pairs), checkpoint(**SMALL)
+    with reading() as calls:
+        ran(*training(folder, data, tmp_path / "out", method="sft", batch_size=batch_size, micro_batch=4))
+    rows = [prompt + answer for prompt, _, answer, _ in encoded(folder, pairs)]
+    order = found_in(calls, rows)
+    assert len(order) == 300 and len(losses(tmp_path / "out")) == 2 * math.ceil(150 / batch_size)
+    assert sorted(order[:150]) == sorted(order[150:]) == list(range(150)) and order[:150] != order[150:]
+    assert sum(len(call) * len(call[0]) for call in calls) < 1.2 * 2 * sum(map(len, rows))  # padding
+    if batch_size == 4:
+        means = [np.mean([len(rows[i]) for i in order[start:start + 4]]) for start in range(0, 148, 4)]
+        assert abs(np.corrcoef(means, np.arange(37))[0, 1]) < 0.5
+
+
+LONG = [("fupi", "a longer question: " + "what? " * 9, "jibu refu " * 30, "sw"),
+        ("fupi", "long " * 80, "jibu", "sw"),
+        ("ndefu " * 40, "short", "jibu", "sw"),
+        ("nini " * 20, "what", "jibu", "sw")]
+
+
+@pytest.mark.parametrize("length, kept, cut", [
+    (43, [], 0), (44, [3], 1), (61, [3], 0), (62, [0, 3], 1), (162, [0, 3], 1)])
+def test_lengths(checkpoint, tmp_path, run, length, kept, cut):
+    """Catches a prompt that is cut instead of left out, or kept without a token of its answer, an English
+    prompt held to the other language's length or left out at --max_length, an answer that is not cut there,
+    and silence on it."""
+    folder = checkpoint(**SMALL)
+    rows = encoded(folder, LONG)
+    assert [len(own) for own, *_ in rows] == [6, 6, 163, 43]
+    assert [len(english) for _, english, *_ in rows] == [62, 323, 7, 6]
+    with reading() as calls:
+        data = write_data(tmp_path / "data.jsonl", LONG)
+        code, said, err = run(*training(folder, data, tmp_path / "out", max_length=length, epochs=1))
+    assert sorted(found_in(calls[:3], [(own + answer)[:length] for own, _, answer, _ in rows])) == kept
+    if kept:
+        assert code == 0 and f"{4 - len(kept)} of 4 samples dropped" in said
+        assert re.findall(r"\d+ answers cut at \d+", said) == [f"{cut} answers cut at {length}"] * (cut > 0)
+    else:
+        assert code == 2 and f"all 4 prompts are too long for --max_length {length}" in err
+
+
+@pytest.mark.parametrize("limit, length", [(2048, 1024), (96, 96)])
+def test_default_length(tmp_path, ran, limit, length):
+    """Catches answers of more than 1024 tokens, or than the model takes, where --max_length is not given."""
+    folder = write_checkpoint(tmp_path / "model", max_position_embeddings=limit, **SMALL)
+    data = write_data(tmp_path / "data.jsonl", [("nani?", "who?", "mimi " * 1200, "sw")])
+    with reading() as calls:
+        ran(*training(folder, data, tmp_path / "out", epochs=1))
+    assert max(len(row) for call in calls if isinstance(call[0], list) for row in call) == length
+
+
+def test_schema(checkpoint, tmp_path, ran):
+    """Catches a JSON list read otherwise than JSON lines, an "input" that is lost in training or in
+    answering, and English samples that are not seen as such."""
+    folder = write_connection(write_checkpoint(tmp_path / "model", **SMALL))
+    lines = [{"instruction": "Jibu:", "input": "2 + 3", "output": "5", "instruction_en": "Answer: 2 + 3"},
+             {"instruction": "Answer:", "input": "2 + 3", "output": "5", "instruction_en": "Answer:"},
+             {"instruction": "Say: 5", "output": "5", "instruction_en": "Say 5", "lang": "en", "input": " "}]
+    (tmp_path / "list.json").write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    prompts = [prompt_ids(folder, text)[0] for text in
+               ("Jibu:\n2 + 3", "Answer:\n2 + 3", "Say: 5", "Answer: 2 + 3", "Say 5")]
+    for name in ("list.json", "lines.jsonl"):
+        with reading() as calls:
+            ran(*training(folder, tmp_path / name, tmp_path / name[:4], epochs=1))
+        assert {1, 3, 4} <= set(found_in(calls[:2], prompts))  # the English pass
+        assert noted(tmp_path / name[:4])["matrix"]["prompts"] == 1
+        with reading() as calls:
+            ran("infer", "--model", folder, "--input", tmp_path / name, "--connection=english",
+                "--max_new_tokens=1")
+        assert sorted(found_in(calls, prompts)) == [0, 1, 1, 2, 3, 4]
+    assert same(tmp_path / "list", tmp_path / "line")
+
+
+# --------------------------------------------------------------------------------------------------- defaults
+
+DEFAULTS = {  # what --help and README.md promise
+    "out": "out", "max_shard_size": 5.0, "method": "cc", "epochs": 3, "batch_size": 128, "lr": 1e-5,
+    "seed": 0, "matrix_prompts": 1000, "ridge": 0.0, "micro_batch": 8, "keep": 2, "log_every": 10}
+
+
+def promised(ran):
+    """{option: what --help says between "(default: " and ")"}."""
+    options = (re.sub(r"\s+", " ", text) for text in ran("train", "--help").split("\n  --")[1:])
+    return {text.split()[0]: text.partition("(default: ")[2].split(")")[0] for text in options}
+
+
+def test_defaults(checkpoint, tmp_path, ran, monkeypatch):
+    """Catches a default that is not the one of README.md and --help, or that is said and not used."""
+    data, told = write_data(tmp_path / "data.jsonl", PAIRS), promised(ran)
+    model = checkpoint(**SMALL)
+    monkeypatch.chdir(tmp_path)
+    said = ran("train", "--model", model, "--data", data)
+    used = noted(tmp_path / "out")["arguments"]
+    for name, value in DEFAULTS.items():
+        assert used[name] == value and told[name] in (str(value), repr(value)), name
+    assert not any(used[name] for name in ("english_grad", "checkpoint_activations", "overwrite", "resume"))
+    assert told["max_length"] == "1024, or what the model takes" and used["max_length"] is None
+    assert len(losses(tmp_path / "out")) == 3 and logged(tmp_path / "out", "lr")[0] == 1e-5
+    assert "cc on 1 x cpu, float32: 6 samples" in said or torch.cuda.is_available()
+
+
+def test_embedded_defaults(checkpoint, tmp_path, ran, run, stop_at):
+    """Catches other settings for the run without --model and --data than --help says, and one that replaces
+    another model than an earlier one's."""
+    given = dict(re.findall(r"--(\w+) (\S+)", promised(ran)["data"]))
+    assert {name: float(value) for name, value in given.items()} == {
+        "epochs": 2, "batch_size": 32, "micro_batch": 32, "lr": 1e-4}
+    out = shutil.copytree(ROOT / "data" / "tuned", tmp_path / "out")
+    stop_at(1, signal.SIGINT)
+    with reading() as calls:
+        code, said, err = run("train", "--out", out)
+    assert code == 128 + signal.SIGINT, err
+    count = 2 * math.ceil(len((ROOT / "data" / "train.jsonl").read_text().splitlines()) / 32)
+    assert f" of {count}, saved" in said and {len(call) for call in calls} == {32}
+    assert logged(out, "lr")[0] == pytest.approx(1e-4 / math.ceil(count / 10))
+    code, _, err = run("train", "--out", shutil.copytree(checkpoint(), tmp_path / "other"))
+    assert code == 2 and "--overwrite" in err
