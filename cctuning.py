@@ -253,13 +253,14 @@ def read_cctuning(path, config):
     layers, width = config.num_hidden_layers, config.hidden_size
     shapes = {"transform_matrix": (width, width)}
     if config.source_layer == "decision_maker":
-        shapes["decision_maker.weight"] = (layers, width)
-    for name in {**shapes, **tensors}:
-        if name not in shapes or name not in tensors:
-            problem = f"lacks {name}" if name in shapes else f"has the unexpected tensor {name}"
-            raise UserError(f"{path}: {problem}; copy the file again, or train again")
-        if tuple(tensors[name].shape) != shapes[name]:
-            raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model needs "
+        shapes = {"decision_maker.weight": (layers, width), **shapes}
+    required = next(iter(shapes))
+    if required not in tensors or not tensors.keys() <= shapes.keys():
+        problem = f"lacks {required}" if required not in tensors else f"has unexpected tensors, {[*tensors]}"
+        raise UserError(f"{path}: {problem}; copy the file again, or train again")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs "
                             f"{shapes[name]}; it was made for another model")
     return tensors
 
@@ -276,7 +277,8 @@ def load_cctuning(cc, folder, dtype=None, device="cpu"):
     if path.exists():
         tensors = read_cctuning(path, cc.lm.config)
         weight = tensors.get("decision_maker.weight")
-        cc.transform_matrix.weight = tensors["transform_matrix"].to(device)
+        if "transform_matrix" in tensors:
+            cc.transform_matrix.weight = tensors["transform_matrix"].to(device)
     cc.trained = path.exists() or weight is not None
     if isinstance(cc.decision_maker, DecisionMaker):
         shape = cc.decision_maker.weight.shape

@@ -44,7 +44,8 @@ METRICS = {**dict.fromkeys(OPTIONS, ("accuracy",)), "XLSum": ("rouge_l",),
            **dict.fromkeys(("XQuAD", "MKQA"), ("contained", "exact", "f1"))}
 DEFAULT_METRICS = ("exact", "contained", "f1")  # the first is the task's score
 RESAMPLES, PERMUTATIONS = 1000, 10000
-LANGUAGE_TABLES = read_json(DATA / "languages.json")
+HERE = Path(__file__).resolve().parent
+LANGUAGE_TABLES = read_json(HERE / "data" / "languages.json")
 
 
 def parse_args(argv=None):
@@ -388,7 +389,7 @@ def load_plot():
     """data/plot.py as a module, imported by its path."""
     if not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot: needs the matplotlib package; pip install matplotlib")
-    spec = importlib.util.spec_from_file_location("plot", DATA / "plot.py")
+    spec = importlib.util.spec_from_file_location("plot", HERE / "data" / "plot.py")
     plot = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plot)
     return plot

@@ -80,13 +80,14 @@ def parse_args(argv=None):
 
     def add(name, kind=None, help="", **options):
         if name in PAPER:
-            help += f" (default: {PAPER[name]:g}; embedded data: {EMBEDDED[name]:g})"
+            help += f" (default: {PAPER[name]})"
         options |= {"type": kind, "metavar": kind and "N"} if kind else {}
         group.add_argument(f"--{name}", help=help, **options)
 
+    embedded = " ".join(f"--{name} {EMBEDDED[name]}" for name in PAPER)
     group = parser.add_argument_group("files")
     add("model", str, "checkpoint folder to start from (default: the embedded data/base)")
-    add("data", str, "training samples (default: the embedded data/train.jsonl)")
+    add("data", str, f"training samples (default: the embedded data/train.jsonl, with {embedded})")
     add("eval_data", str, "samples for a validation loss, after each epoch")
     add("out", str, "folder for the result", default="out")
     add("overwrite", help="replace a model in --out, once the new one is there", action="store_true")
@@ -652,8 +653,9 @@ def train(args, stop_signals):
         train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals)
         info = {"data": setup.data_digest, "template": setup.tokenizer.template, "method": args.method,
                 "source_layer": setup.config.source_layer, "fusion_layer": setup.config.fusion_layer,
-                "languages": sorted({s.lang for s in setup.samples if s.lang}), "arguments": vars(args)}
+                "arguments": vars(args)}
         if args.method == "cc":
+            info["languages"] = sorted({s.lang for s in setup.samples if s.lang})
             info["matrix"] = fit_matrix(setup, cc)
             log.write(matrix=info["matrix"])
             shown = " ".join("-" if r is None else f"{r:.2f}" for r in info["matrix"].get("r_squared", []))

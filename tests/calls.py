@@ -4,24 +4,24 @@ their files.
 Shapes are those of cctuning.py: B prompts, T tokens, L layers, d hidden size, V vocabulary. Prompts are
 right-padded.
 """
-import math
-from types import SimpleNamespace
-
 import torch
+import torch.distributed
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import model
-from cctuning import Batch, CCTuning, MatrixSums
-from cctuning import r_squared as r_squared_of_layers
-from model import load_model, new_cache
+from cctuning import Batch, CCTuning, TransformMatrix, load_cctuning
+from model import Config, Fusion, KVCache, Transformer, load_weights
 
 
 def open_model(folder, decision_maker=None, matrix=None):
     """A checkpoint in float32, with this Decision Maker (L, d) and Transform Matrix (d, d)."""
-    cc = CCTuning(load_model(folder, torch.float32))
+    with torch.device("meta"):
+        cc = CCTuning(Config.read(folder))
+    load_cctuning(cc, folder, torch.float32)
     if decision_maker is not None:
         cc.decision_maker.weight.data = decision_maker.clone()
     if matrix is not None:
-        cc.matrices["shared"] = matrix.float()
+        cc.transform_matrix.weight = matrix.float()
     return cc
 
 
@@ -32,7 +32,8 @@ def gradients(cc):
 
 def logits(cc, ids, vectors=None, position=None):
     """(B, T, V), with vectors (B, d) added to the FFN output of layer 0 at position (B,)."""
-    return cc.lm.logits(cc.lm(ids, fused=None if vectors is None else (vectors, position))[0])
+    fusion = None if vectors is None else Fusion(vectors, position)
+    return cc.lm.logits(cc.lm(cc.lm.embed(ids), fusion=fusion).hidden)
 
 
 def activations(cc, ids, position):
@@ -43,7 +44,7 @@ def activations(cc, ids, position):
 def choose(cc, activations, ids, position, noise=None):
     """The vector (B, d) that the Decision Maker takes from H (L, B, d), and its scores (B, L) before the
     noise."""
-    return cc.select(activations, ids, position, noise)
+    return cc.pick(activations, ids, position, noise)
 
 
 def loss(cc, ids, labels, position, english_ids, english_position, connection="english", **options):
@@ -58,44 +59,46 @@ def answer(cc, ids, lengths, count, index=-1, connection="none", english=None):
     index: the connection position, counted from a prompt's end.  english: ids and lengths of the English
     prompts. No id ends an answer.
     """
-    cache, tokens = new_cache(cc.lm.config, len(ids), ids.shape[1] + count, torch.float32, "cpu"), []
-    first, scores = cc.prefill(ids, lengths, index, cache, connection, ["shared"] * len(ids), english)
+    cache, tokens = KVCache(cc.lm.config, len(ids), ids.shape[1] + count, torch.float32, "cpu"), []
+    first, scores = cc.prefill(ids, lengths, index, cache, connection, english)
     following = first
     for i in range(count):
         tokens.append(following.argmax(-1))
-        x, _ = cc.lm(tokens[-1][:, None], positions=(lengths + i)[:, None], cache=cache)
+        cache.length += 1
+        x = cc.lm(cc.lm.embed(tokens[-1][:, None]), (lengths + i)[:, None], cache).hidden
         following = cc.lm.logits(x[:, -1])
     return first, scores, torch.stack(tokens, 1)
 
 
 def transform(matrix, activations):
     """H W of H (L, B, d), as answering computes it."""
-    cc = SimpleNamespace(matrices={"shared": matrix})
-    return CCTuning.transform(cc, activations, ["shared"] * activations.shape[1])
+    return TransformMatrix(matrix)(activations)
 
 
 def fit(x, y, ridge=0.0, batch=7):
     """The Transform Matrix (d, d) from X and Y (L, N, d), taken in batch by batch as training does."""
-    sums = MatrixSums(["shared"], x.shape[-1])
+    matrix = TransformMatrix()
     for part in torch.arange(x.shape[1]).split(batch):
-        sums.add(x[:, part], y[:, part], ["shared"] * len(part))
-    return sums.solve(ridge)["shared"]
+        matrix.add(x[:, part], y[:, part])
+    matrix.solve(ridge)
+    return matrix.weight
 
 
 def r_squared(matrix, x, y):
     """Per layer (L,)."""
-    return r_squared_of_layers(matrix, x, y)
+    return TransformMatrix(matrix).r_squared(x, y)
 
 
 @torch.no_grad()
 def read_rows(folder, world, rank):
     """{name: the rows that this one of several processes reads} of every parameter."""
-    lm, parts = model.empty_model(folder), {}
-
-    def local(parameter):
-        size = math.ceil(len(parameter) / world)
-        rows = slice(rank * size, min((rank + 1) * size, len(parameter)))
-        parts[parameter] = torch.empty(rows.stop - rows.start, *parameter.shape[1:])
-        return parts[parameter], rows
-    model.load_weights(lm, folder, torch.float32, local=local)
-    return {name: parts[parameter] for name, parameter in lm.named_parameters()}
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        with torch.device("meta"):
+            lm = Transformer(Config.read(folder))
+        fully_shard(lm, mesh=torch.distributed.init_device_mesh("cpu", (world,)))
+        lm.to_empty(device="cpu")
+        load_weights(lm, folder, torch.float32)
+        return {name: p.to_local().clone() for name, p in lm.named_parameters()}
+    finally:
+        torch.distributed.destroy_process_group()

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from model import TEMPLATES, Config, LanguageModel, run_script
+from model import Config, Transformer, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ["What is the capital of Kenya?", "Nini mji mkuu wa Kenya?",
@@ -42,32 +42,9 @@ PAIRS = [("Nini mji mkuu wa Kenya?", "What is the capital of Kenya?", "Nairobi",
          ("भारत की राजधानी क्या है?", "What is the capital of India?", "New Delhi", "hi"),
          ("What is the capital of Kenya?", "What is the capital of Kenya?", "It is Nairobi", "en"),
          ("tatu na tatu ni ngapi, na mbili na mbili?", "three plus three?", "six", "sw")]
+SPECIAL_TOKENS = {"llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+                  "chatml": ("<|im_start|>", "<|im_end|>"), "mistral": ("[INST]", "[/INST]"), "llama2": (), "plain": ()}
 UNEVEN = (PAIRS * 3)[:13]  # with --batch_size 6, an epoch of steps of 6, 6 and 1
-
-
-# --------------------------------------------------------------------------------------------------------- slow tests
-
-LEFT_OUT = pytest.StashKey()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(config, items):
-    """Leave out slow tests after all other choices are made, to know how many that alone leaves out."""
-    if config.option.markexpr != "not slow":
-        return (yield)
-    config.option.markexpr = ""
-    yield
-    config.option.markexpr = "not slow"
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    items[:] = [item for item in items if item not in slow]
-    config.hook.pytest_deselected(items=slow)
-    config.stash[LEFT_OUT] = len(slow)
-
-
-def pytest_unconfigure(config):
-    """The last line of a run says what was left out."""
-    if count := config.stash.get(LEFT_OUT, 0):
-        config.get_terminal_writer().line(f"slow tests left out: {count}; to run them: python -m pytest -m slow")
 
 
 # -------------------------------------------------------------------------------------------------- things to test on
@@ -99,16 +76,16 @@ def write_checkpoint(folder, template="plain", kind="sentencepiece", seed=0, **c
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     generator = torch.Generator().manual_seed(seed)
-    model = LanguageModel(Config.read(folder))
+    model = Transformer(Config.read(folder))
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         p.data = noise * (0.1 if p.dim() == 1 else 0.15) + (1.0 if "norm" in name else 0.0)
     weights = {name: p.data for name, p in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if kind == "sentencepiece":
-        sentencepiece_model(folder / "tokenizer.model", TEMPLATES[template].control)
+        sentencepiece_model(folder / "tokenizer.model", SPECIAL_TOKENS[template])
     else:
-        tokenizer_json(folder, TEMPLATES[template].control, bos=None if template == "chatml" else "<s>")
+        tokenizer_json(folder, SPECIAL_TOKENS[template], bos=None if template == "chatml" else "<s>")
     return folder
 
 

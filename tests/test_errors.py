@@ -198,7 +198,7 @@ CHECKPOINTS = [  # a prompt is asked of each
     ("a connection cut short", "cctuning.safetensors: damaged", connection(), cut(CONNECTION, 0.5)),
     ("a matrix without its Decision Maker", "lacks", connection({"decision_maker.weight": None})),
     ("matrix asked of a plain model", "no Transform Matrix", "--connection=matrix"),
-    ("english asked of a plain model", "no Decision Maker", "--connection=english", "--prompt_en=hi"),
+    ("english asked of a plain model", "no trained Decision Maker", "--connection=english", "--prompt_en=hi"),
 ]
 QUESTIONS = [  # infer.py --prompt=hello
     ("english without an English version", "--prompt", connection(), "--connection=english"),
@@ -264,7 +264,7 @@ TRAINING = [  # train.py
     ("--max_length beyond the model", "256", "--max_length=300"),
     ("--source_layer beyond the model", "--source_layer", "--source_layer=4"),
     ("a learning rate that diverges", "--lr", lines(*[GOOD] * 8), "--lr=1e18", "--batch_size=1"),
-    ("only a matrix, of a plain model", "no Decision Maker", "--epochs=0"),
+    ("only a matrix, of a plain model", "no trained Decision Maker", "--epochs=0"),
     ("an option without a use in plain fine-tuning", "--source_layer", "--method=sft", "--source_layer=0"),
     ("plain fine-tuning without an epoch", "--epochs 0", "--method=sft", "--epochs=0"),
     ("--out is a file", "out", write("out", "mine")),

@@ -438,14 +438,14 @@ def test_languages(tmp_path, run):
 
 
 SHARED_DEFAULTS = {
-    "model": "out, where you have trained one, else the embedded data/tuned", "batch_size": "16",
-    "connection": "matrix, where there is one", "template": "told by the checkpoint",
-    "dtype": "as the weights are stored"}
+    "model": "out if it holds one, else the embedded data/tuned", "batch_size": "16",
+    "connection": "matrix, if there is one", "template": "the checkpoint's",
+    "dtype": "as stored"}
 DEFAULTS = {
     "infer": {**SHARED_DEFAULTS, "max_new_tokens": "256", "temperature": "0.0", "top_p": "1.0", "seed": "0",
               "output": "standard output"},
     "eval": {**SHARED_DEFAULTS, "max_new_tokens": "32", "data": "the embedded data/test",
-             "tasks": "all that have prompts", "langs": "all that a task has", "out": "out/eval"},
+             "tasks": "all", "langs": "all that a task has", "out": "out/eval"},
 }
 
 

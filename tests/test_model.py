@@ -49,7 +49,7 @@ SIZES = {name: CONFIG[name] for name in ("model_type", "vocab_size", "hidden_siz
                                          "num_hidden_layers", "num_attention_heads")}
 DEFAULTS = {  # if config.json has nothing but SIZES
     "num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-    "rope_scaling": None, "max_length": 2048, "tie_word_embeddings": False,
+    "rope_scaling": {}, "max_length": 2048, "tie_word_embeddings": False,
     "initializer_range": 0.02, "bos_token_id": None, "eos_token_ids": (), "qkv_bias": False, "cctuning": {}}
 OTHERS = {
     "num_key_value_heads": 1, "head_dim": 20, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
@@ -95,7 +95,7 @@ def test_defaults_are_those_of_transformers(tmp_path):
     theirs = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
     same = ("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings",
             "initializer_range")
-    assert {name: theirs[name] for name in same} == {name: DEFAULTS[name] for name in same}
+    assert {name: theirs[name] or {} for name in same} == {name: DEFAULTS[name] or {} for name in same}
     assert theirs["max_position_embeddings"] == DEFAULTS["max_length"]
 
 
@@ -327,7 +327,7 @@ def test_long_answers(checkpoint):
 
 def test_a_process_reads_only_its_rows(checkpoint, monkeypatch):
     """Catches a sharded load that reads whole tensors, or takes rows from the wrong place."""
-    opened = model.open_tensors
+    opened = model.open_safetensors
 
     class Rows:
         def __init__(self, file):
@@ -337,7 +337,7 @@ def test_a_process_reads_only_its_rows(checkpoint, monkeypatch):
     def rows_only(path):
         with opened(path) as file:
             yield Rows(file)
-    monkeypatch.setattr(model, "open_tensors", rows_only)
+    monkeypatch.setattr(model, "open_safetensors", rows_only)
     weights = tensors(checkpoint())
     for world, rank in ((2, 0), (2, 1), (4, 0), (4, 3), (5, 4)):
         found = calls.read_rows(checkpoint(), world, rank)

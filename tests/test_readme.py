@@ -1,6 +1,9 @@
 """README.md against the code. The commands it marks are run by .ci/run; here is what that does not show."""
 import importlib
 import re
+import shutil
+import subprocess
+import sys
 from functools import reduce
 
 import pytest
@@ -45,3 +48,28 @@ def test_links():
         assert not re.search(r"@[A-Z]+@", text)
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (page.parent / link).exists(), (page, link)
+
+
+DIFFS = re.findall(r"^```diff\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("diff", DIFFS, ids=range(len(DIFFS)))
+def test_recipes(tmp_path, diff):
+    """Catches a recipe whose lines the code no longer has, or that breaks it."""
+    lines = diff.splitlines()
+    before, after = ("".join(line[1:] + "\n" for line in lines if line[0] == sign) for sign in "-+")
+    files = [ROOT / name for name in ("model.py", "cctuning.py") if before in (ROOT / name).read_text()]
+    assert len(files) == 1 and files[0].read_text().count(before) == 1, before
+    for path in [*ROOT.glob("*.py"), ROOT / "data" / "base", ROOT / "data" / "dev.jsonl"]:
+        shutil.copytree(path, tmp_path / "data" / "base") if path.is_dir() else shutil.copy(path, tmp_path)
+    (tmp_path / files[0].name).write_text(files[0].read_text().replace(before, after))
+    command = [sys.executable, "train.py", "--model=data/base", "--data=dev.jsonl", "--out=out", "--epochs=1",
+               "--batch_size=550", "--micro_batch=8", "--max_length=16", "--matrix_prompts=8", "--template=plain"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_recipes_are_found():
+    """Catches a page whose recipes the test above no longer sees."""
+    assert len(DIFFS) == 3

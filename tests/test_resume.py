@@ -27,7 +27,7 @@ CHANGES = {  # options that change a result, and another value of each; None: sa
 FREE = {  # options that may be others when a run is resumed
     "micro_batch": 6, "checkpoint_activations": True, "max_shard_size": 5e-5, "log_every": 1, "keep": 1,
     "save_every": 2}
-OTHERS = {"eval_data", "out", "overwrite", "resume", "memory_plan", "per_language", "help"}
+OTHERS = {"eval_data", "out", "overwrite", "resume", "memory_plan", "help"}
 RELABELLED = [*UNEVEN[:3], (*UNEVEN[3][:3], "en"), *UNEVEN[4:]]  # the same text, a sample called English
 
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import sentencepiece
 
-from conftest import tokenizer_json, write_checkpoint
+from conftest import SPECIAL_TOKENS, tokenizer_json, write_checkpoint
 from model import TEMPLATES, Config, Tokenizer, UserError
 from reference import answer_ids, prompt_ids
 
@@ -196,7 +196,7 @@ def test_bos_that_the_template_begins_with(tmp_path):
     """Catches two <|im_start|> at the start of a prompt: SmolLM2 names it as its BOS."""
     pytest.importorskip("tokenizers", reason=NEEDED)
     folder = write_checkpoint(tmp_path / "model", "chatml", "json")
-    tokenizer_json(folder, TEMPLATES["chatml"].control, bos="<|im_start|>")
+    tokenizer_json(folder, SPECIAL_TOKENS["chatml"], bos="<|im_start|>")
     t = open_tokenizer(folder)
     assert spelt(t, t.prompt("hi")) == EXPECTED["chatml"].removeprefix("<s>").replace("{x}", "hi")
 
