@@ -32,6 +32,7 @@ class Reference:
         """Logits (T, V) and FFN activations (L, T, d) of a list of ids; vector (d,) is added in layer 0
         at position."""
         c, w = self.config, self.tensors
+        fusion_layer = c.get("cctuning", {}).get("fusion_layer", 0)
         heads, kv = c["num_attention_heads"], c["num_key_value_heads"]
         size, count = c.get("head_dim") or c["hidden_size"] // heads, len(ids)
         frequency = c["rope_theta"] ** (-torch.arange(0, size, 2) / size)
@@ -63,7 +64,7 @@ class Reference:
             y = linear(F.silu(linear(h, layer + "mlp.gate_proj")) * linear(h, layer + "mlp.up_proj"),
                        layer + "mlp.down_proj")
             activations.append(y)
-            if i == 0 and vector is not None:
+            if i == fusion_layer and vector is not None:
                 y = torch.cat((y[:position], y[position:position + 1] + vector, y[position + 1:]))
             x = x + y
         x = norm(x, "model.norm")

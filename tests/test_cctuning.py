@@ -5,6 +5,7 @@ The golden values (test_golden.py) have the connection at the last token only, a
 changes.
 """
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import calls
-from conftest import CONFIG, PAIRS, json_lines, losses, tensors, training, write_checkpoint, write_data
+from conftest import CONFIG, PAIRS, json_lines, losses, tensors, training, write_benchmark, write_checkpoint, write_data
 from hookpeer import HookedCCTuning
 from reference import IGNORED, Reference, answer_ids, falls_short, gumbel, prompt_ids
 
@@ -256,20 +257,25 @@ def first_loss(run, model, out, **options):
     return losses(out)[0]
 
 
-@pytest.mark.parametrize("source_layer", [2, "random"])
+@pytest.mark.parametrize("source_layer", [2, "random", "mean"])
 def test_layer_ablations(checkpoint, tmp_path, run, source_layer):
     """Catches a fixed layer overruled by the Decision Maker, one layer drawn for a whole batch, draws at
-    inference that depend on batch or padding, and a choice not saved with the model."""
-    folder, out = checkpoint(), tmp_path / "out"
+    inference that depend on batch or padding, a choice lost when the matrix is fitted again, and a Decision
+    Maker saved though it does not choose."""
+    folder, out, again = checkpoint(), tmp_path / "out", tmp_path / "again"
     found, reference = first_loss(run, folder, out, source_layer=source_layer, seed=3), Reference(folder)
     total = count = 0
     for i, (own, english, answer, _) in enumerate(MANY):
-        layer = gumbel(3, 0, i, 4).argmax() if source_layer == "random" else source_layer
         (own, index, _), (english, _, _) = prompt_ids(folder, own), prompt_ids(folder, english)
-        answer = answer_ids(folder, answer)
-        total += reference.loss(own, answer, reference.activations(english, index)[layer], index).item()
+        activations, answer = reference.activations(english, index), answer_ids(folder, answer)
+        vectors = {2: activations[2], "mean": activations.mean(0), "random": activations[gumbel(3, 0, i, 4).argmax()]}
+        total += reference.loss(own, answer, vectors[source_layer], index).item()
         count += len(answer)
     assert abs(found - total / count) < 1e-4
+    assert run(*training(out, tmp_path / "out.jsonl", again, epochs=0))[0] == 0
+    for model in (out, again):
+        assert json.loads((model / "config.json").read_text())["cctuning"]["source_layer"] == source_layer
+        assert load_file(model / "cctuning.safetensors").keys() == {"transform_matrix"}
     layers = []
     for size in (1, 4):
         answers = tmp_path / f"{size}.jsonl"
@@ -277,7 +283,56 @@ def test_layer_ablations(checkpoint, tmp_path, run, source_layer):
                    "--explain", "--max_new_tokens=1", "--batch_size", size)[0] == 0
         layers.append([line["layer"] for line in json_lines(answers)])
     assert layers[0] == layers[1]
-    assert set(layers[0]) == ({2} if source_layer == 2 else {0, 1, 2, 3})
+    assert set(layers[0]) == {2: {2}, "random": {0, 1, 2, 3}, "mean": {None}}[source_layer]
+
+
+def test_mean_is_explained(checkpoint, tmp_path, run):
+    """Catches a mean of all layers shown as a choice of one, and drawn as one in layers.png."""
+    first_loss(run, checkpoint(), tmp_path / "out", source_layer="mean")
+    code, text, _ = run("infer", "--model", tmp_path / "out", "--prompt=Nini?", "--explain", "--max_new_tokens=1")
+    assert code == 0 and text.startswith("[connection matrix: mean of all layers]\n")
+    pytest.importorskip("matplotlib", reason="optional package: only for figures")
+    data = write_benchmark(tmp_path / "bench", langs=("sw",), items=2)
+    assert run("eval", "--model", tmp_path / "out", "--data", data, "--out", tmp_path / "eval",
+               "--plot", tmp_path / "figures", "--max_new_tokens=2")[0] == 0
+    assert not (tmp_path / "figures" / "layers.png").exists()
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_fusion_layer(checkpoint, tmp_path, run, layer):
+    """Catches a --fusion_layer that training ignores, config.json does not keep, or answering does not use:
+    fusion in another layer, or too few layers run again."""
+    folder, out = shutil.copytree(checkpoint(), tmp_path / "model"), tmp_path / "out"
+    config = json.loads((folder / "config.json").read_text())
+    found = first_loss(run, folder, out, fusion_layer=layer, source_layer=0)
+    (folder / "config.json").write_text(json.dumps({**config, "cctuning": {"fusion_layer": layer}}))
+    reference, total, count = Reference(folder), 0, 0
+    for own, english, answer, _ in MANY:
+        (own, index, _), (english, _, _) = prompt_ids(folder, own), prompt_ids(folder, english)
+        answer = answer_ids(folder, answer)
+        total += reference.loss(own, answer, reference.activations(english, index)[0], index).item()
+        count += len(answer)
+    assert abs(found - total / count) < 1e-4
+    assert json.loads((out / "config.json").read_text())["cctuning"]["fusion_layer"] == layer
+    cc, reference = calls.open_model(out), Reference(out)
+    with torch.no_grad():
+        first, _, found = calls.answer(cc, *padded(PROMPTS), 4, -2, "matrix")
+    for i, prompt in enumerate(PROMPTS):
+        activations = (reference.activations(prompt, -2) @ reference.tensors["transform_matrix"]).detach()
+        logits, _ = reference.forward(prompt, activations[0], len(prompt) - 2)
+        assert (first[i] - logits[-1]).abs().max() < 1e-3
+        assert falls_short(reference, prompt, found[i].tolist(), activations[0], -2) < 1e-3
+
+
+def test_another_fusion_layer_is_refused(checkpoint, tmp_path, run):
+    """Catches a Decision Maker that goes on in another layer than it was trained for."""
+    first_loss(run, checkpoint(), tmp_path / "out", fusion_layer=1)
+    for layer, expected in ((0, 2), (1, 0), (4, 2)):
+        code, _, err = run(*training(tmp_path / "out", tmp_path / "out.jsonl", tmp_path / "next", epochs=0,
+                                     fusion_layer=layer))
+        assert code == expected and ("--fusion_layer" in err) == (expected == 2)
+    code, _, err = run("infer", "--model", tmp_path / "out", "--prompt=hi", "--max_new_tokens=1")
+    assert code == 0, err
 
 
 def test_decision_maker_starts_from_the_seed(checkpoint, tmp_path, run):

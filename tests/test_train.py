@@ -223,25 +223,6 @@ def test_noted(trained):
 
 # ---------------------------------------------------------------------------------------- options of training
 
-@pytest.mark.parametrize("layer", [2, "random", "mean"])
-def test_layer_ablations(checkpoint, tmp_path, ran, layer):
-    """Catches a fixed layer that the Decision Maker overrules, a random one that is not drawn for each
-    sample, one that is forgotten when the matrix is fitted again, and a Decision Maker that is saved though
-    it does not choose."""
-    data, one, two = write_data(tmp_path / "data.jsonl", PAIRS), tmp_path / "one", tmp_path / "two"
-    ran(*training(checkpoint(), data, one, source_layer=layer, epochs=1))
-    ran(*training(one, data, two, epochs=0, seed=5))
-    assert [noted(folder)["source_layer"] for folder in (one, two)] == [layer, layer]
-    assert not any("decision_maker.weight" in tensors(folder) for folder in (one, two))
-    model, total, rows = Reference(checkpoint()), 0, encoded(checkpoint(), PAIRS)
-    for i, (prompt, english, answer, index) in enumerate(rows):
-        activations = model.activations(english, index)
-        number = int(gumbel(0, 0, i, 4).argmax()) if layer == "random" else layer
-        vector = activations.mean(0) if layer == "mean" else activations[number]
-        total += model.loss(prompt, answer, vector, index).item()
-    assert abs(losses(one)[0] - total / sum(len(row[2]) for row in rows)) < 1e-4
-
-
 def test_bfloat16(checkpoint, tmp_path, ran):
     """Catches a --dtype that computes in float32, weights that are trained or fitted in bfloat16, and a
     weight's copy that the English pass made without a graph and that keeps its gradient from the own-language
