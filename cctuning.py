@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (CCTUNING_FILE, Fusion, Transformer, UserError, assign, load_weights, open_safetensors,
+from model import (CCTUNING_FILE, Fusion, Transformer, UserError, assign, load_weights, open_safetensors, refuse_nan,
                    select_positions)
 
 
@@ -262,6 +262,7 @@ def read_cctuning(path, config):
         if tuple(tensor.shape) != shapes[name]:
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs "
                             f"{shapes[name]}; it was made for another model")
+        refuse_nan(f"{path}: {name}", tensors[name])
     return tensors
 
 

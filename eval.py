@@ -22,7 +22,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import re
 import string
 import sys
@@ -31,12 +30,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch.distributed
 from tqdm import tqdm
 
-from infer import DATA, WHICH_MODEL, Engine, add_engine_options, default_model, write_json_lines
-from model import (Config, Help, Tokenizer, UserError, at_least, check_writable, read_json, read_json_lines,
-                   read_records, run_script, weight_files, write_text)
+from infer import WHICH_MODEL, Engine, add_engine_options, default_model, write_json_lines
+from model import (DATA, Config, Help, Tokenizer, UserError, at_least, check_writable, read_json, read_json_lines,
+                   read_records, relative, run_script, weight_files, write_text)
 from train import Dist
 
 OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # other tasks are answered freely
@@ -52,7 +50,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", nargs="+", metavar="DIR", help=f"checkpoint folders to compare (default: {WHICH_MODEL})")
-    add("--data", default=str(DATA / "test"), metavar="DIR", help="benchmarks (default: the embedded data/test)")
+    add("--data", default=relative(DATA / "test"), metavar="DIR", help="benchmarks (default: the embedded data/test)")
     add("--tasks", metavar="TASK,...", help="folders of --data (default: all)")
     add("--langs", metavar="CODE,...", help="languages (default: all that a task has)")
     add("--limit", type=at_least(1), metavar="N", help="only the first N items of each language")
@@ -147,11 +145,7 @@ def answer(engine, args, prompts, dist, title):
               disable=dist.rank > 0 or None) as progress:
         answers = engine.answer_all(prompts, args.batch_size, args.max_new_tokens, progress=progress,
                                     rank=dist.rank, world_size=dist.world_size)
-    shares = [answers]
-    if dist.world_size > 1:
-        shares = [None] * dist.world_size
-        torch.distributed.all_gather_object(shares, answers)
-    return [next(answer for answer in given if answer) for given in zip(*shares, strict=True)]
+    return [next(answer for answer in given if answer) for given in zip(*dist.gather(answers), strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------- scoring
@@ -459,6 +453,7 @@ def main():
         Tokenizer(model, Config.read(model), args.template)
         weight_files(model)
     if args.plot:
+        check_writable(args.plot)
         load_plot()
     with Dist.start("gloo") as dist:  # gloo: only answers are exchanged, each process has the whole model
         for model in args.model:
@@ -479,4 +474,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main, is_main_process=os.environ.get("LOCAL_RANK", "0") == "0")
+    run_script(main)

@@ -17,7 +17,6 @@ In the symbols of cctuning.py, what happens to a prompt:
 """
 import argparse
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,10 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from cctuning import CCTuning, load_cctuning
-from model import (TEMPLATES, Config, Help, KVCache, Record, Tokenizer, UserError, at_least, check_writable,
-                   holds_model, pad, read_json_lines, read_records, run_script, write_text)
+from model import (DATA, TEMPLATES, Config, Help, KVCache, Record, Tokenizer, UserError, at_least, check_writable,
+                   error_line, holds_model, pad, process_ranks, read_json_lines, read_records, relative,
+                   run_script, write_text)
 
-DATA = Path(os.path.relpath(Path(__file__).resolve().parent / "data"))
 WHICH_MODEL = "out if it holds one, else the embedded data/tuned"  # default_model, in words
 LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # the paper's
 
@@ -70,8 +69,8 @@ def add_engine_options(parser, max_new_tokens, connections=None):
 
 def default_model():
     """The folder to answer from if none is given."""
-    folder = "out" if holds_model("out") else str(DATA / "tuned")
-    if os.environ.get("RANK", "0") == "0":
+    folder = "out" if holds_model("out") else relative(DATA / "tuned")
+    if process_ranks()[0] == 0:
         print(f"model: {folder}", file=sys.stderr)
     return folder
 
@@ -87,7 +86,7 @@ def read_prompts(args):
     if args.prompt != "-":
         return [Record.parse({"instruction": args.prompt, "instruction_en": args.prompt_en}, "--prompt")]
     try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
+        text = sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: not UTF-8 text ({error.reason}); convert it to UTF-8") from None
     if not text:
@@ -143,7 +142,8 @@ class Engine:
         self.dtype = self.cc.lm.model.embed_tokens.weight.dtype
         if self.device == "cpu" and not (single and self.dtype == torch.float32):
             prepack_for_cpu(self.cc.lm)
-        self.notices = [self.tokenizer.notice] if self.tokenizer.notice else []
+        notices = self.tokenizer.notice, self.config.cctuning.get("matrix", {}).get("doubt")
+        self.notices = [notice for notice in notices if notice]
         self.connect(connection or self.default_connection())
 
     def can_connect(self, connection):
@@ -223,6 +223,8 @@ class Engine:
         positions = torch.tensor([len(p.ids) for p in prompts], device=self.device)  # of the next token
         active = list(range(len(prompts)))  # the prompts of the remaining rows
         while True:
+            if not logits.isfinite().all():
+                raise UserError(f"{self.folder}: logits are not finite; give --dtype float32, or copy the folder again")
             tokens = sample_next_token(logits, temperature, top_p, [generators[i] for i in active])  # (B,)
             keep = []
             for row, (i, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
@@ -259,7 +261,8 @@ def sample_next_token(logits, temperature, top_p, generators):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)  # at most 0: no division overflows to inf
+    p, tokens = (logits / max(temperature, 1e-30)).softmax(-1).sort(-1, descending=True)  # (B, V)
     more_likely = p.cumsum(-1) - p  # probability of all more likely tokens
     p = p.masked_fill((more_likely >= top_p) & (more_likely > 0), 0)  # the most likely one always stays
     uniform = torch.tensor([[g.random()] for g in generators], device=logits.device)  # (B, 1)
@@ -303,10 +306,11 @@ def check_args(args):
                         "their own instruction_en")
     if args.output and not args.input:
         raise UserError("--output: goes with --input; the answer to --prompt is printed")
-    if args.output:
-        check_writable(Path(args.output).parent)
-        if Path(args.output).is_dir() or Path(args.output).resolve() == Path(args.input).resolve():
-            raise UserError(f"{args.output}: is a folder, or the input itself; choose another --output")
+    output = Path(args.output or "-")
+    if args.output and (output.is_dir() or output.resolve() == Path(args.input).resolve()):
+        raise UserError(f"{output}: is a folder, or the input itself; choose another --output")
+    if args.output and (output.is_file() or not output.exists()):
+        check_writable(output.resolve().parent)
 
 
 def stream(engine, prompt, options, explain):
@@ -327,30 +331,41 @@ def stream(engine, prompt, options, explain):
     print(text[len(shown):])
 
 
+def answer_lines(engine, options, explain):
+    """Answer line by line at a terminal, until Ctrl-D."""
+    for number, line in enumerate(sys.stdin.buffer):
+        try:
+            if text := line.decode("utf-8", "replace").strip():
+                prompt = engine.encode(Record.parse({"instruction": text}, f"line {number + 1}"), number)
+                stream(engine, prompt, options, explain)
+        except UserError as error:
+            print(f"error: {error_line(error)}", file=sys.stderr)
+
+
 def write_json_lines(path, values):
     """Write JSON lines, whole or not at all."""
-    try:
-        write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
 def main():
     args = parse_args()
     check_args(args)
     args.model = args.model or default_model()
-    records = read_prompts(args)
+    is_terminal = args.prompt == "-" and sys.stdin.buffer.isatty()
+    records = [] if is_terminal else read_prompts(args)
     of_data = Config.read(args.model).cctuning.get("languages", [])
     known = {*LANGUAGES, *of_data, *(r.lang for r in records if r.lang)}
     if args.lang and args.lang not in known:
         raise UserError(f"--lang: unknown language {args.lang!r}; give one of {' '.join(sorted(known))}")
-    single = min(len(records), args.batch_size) == 1
+    single = min(len(records), args.batch_size) <= 1
     engine = Engine(args.model, args.connection, args.template, args.dtype, single)
     prompts = [engine.encode(record, number) for number, record in enumerate(records)]
     for notice in engine.notices:
         print(notice, file=sys.stderr)
     options = args.max_new_tokens, args.temperature, args.top_p, args.seed
 
+    if is_terminal:
+        return answer_lines(engine, options, args.explain)
     if args.prompt not in (None, "-"):
         return stream(engine, prompts[0], options, args.explain)
     with tqdm(total=len(prompts), desc="answers", unit="prompt", disable=None) as progress:
@@ -370,7 +385,7 @@ def main():
         write_json_lines(args.output, lines)
     else:
         for line in lines:
-            print(json.dumps(line, ensure_ascii=False))
+            print(json.dumps(line, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +40,9 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 
+DATA = Path(__file__).resolve().parent / "data"  # the embedded default
+
+
 class UserError(Exception):
     """Bad input. The message is one line: the file (and line), what is wrong, what to do."""
 
@@ -50,6 +55,8 @@ ROPE_SCALING = {  # rope type: its numbers in config.json
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+LARGEST = {"vocab_size": 2 ** 24, "hidden_size": 2 ** 20, "intermediate_size": 2 ** 20, "num_hidden_layers": 1000,
+           "num_attention_heads": 2 ** 14}
 
 
 @dataclass(frozen=True)
@@ -114,11 +121,13 @@ class Config:
             if found:
                 raise UserError(f"{path}: {feature} is not implemented; use a Llama, Mistral or Qwen 2.5 without it")
 
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        sizes = {name: number(raw, name) for name in names}
+        sizes = {name: number(raw, name) for name in LARGEST}
+        for name, largest in LARGEST.items():  # before anything of that size is made
+            require(sizes[name] <= largest, f"{name} is {sizes[name]}, more than {largest}")
         hidden, layers, heads = sizes["hidden_size"], sizes["num_hidden_layers"], sizes["num_attention_heads"]
         kv, head_dim = number(raw, "num_key_value_heads", heads), number(raw, "head_dim", hidden // heads)
-        require(heads % kv == 0 and head_dim % 2 == 0 and (raw.get("head_dim") or hidden % heads == 0),
+        require(heads % kv == 0 and head_dim % 2 == 0 and heads * head_dim <= LARGEST["hidden_size"]
+                and (raw.get("head_dim") or hidden % heads == 0),
                 f"hidden_size {hidden}, {heads} heads, {kv} key/value heads and head_dim {head_dim} do not fit")
         scaling = {key: number(rope, key, kind=float) for key in ROPE_SCALING[rope_type]}
         require(rope_type != "llama3" or scaling["high_freq_factor"] > scaling["low_freq_factor"],
@@ -131,7 +140,7 @@ class Config:
         require(isinstance(tied, bool) and all(isinstance(i, int) for i in eos),
                 "tie_word_embeddings or eos_token_id is malformed")
         info = raw.get("cctuning", {})
-        require(isinstance(info, dict), "cctuning is not an object")
+        require(isinstance(info, dict) and isinstance(info.get("matrix", {}), dict), "cctuning is malformed")
         languages, fusion = info.get("languages", []), info.get("fusion_layer", 0)
         source = info.get("source_layer", "decision_maker")
         require(isinstance(languages, list) and all(isinstance(lang, str) for lang in languages),
@@ -471,7 +480,8 @@ def assign(model, name, stored, dtype=None, device="cpu"):
     """Set the parameter `name` to a stored tensor; of a DTensor, this rank's rows.
 
     A whole parameter is replaced: no copy, unless dtype or device change. A DTensor is sharded in rows, as
-    fully_shard does it, ceil(n / world) on each rank; `stored` may be the open file's slice of it.
+    fully_shard does it, ceil(n / world) on each rank; `stored` may be the open file's slice of it. Returns what is
+    held here.
     """
     parameter = model.get_parameter(name)
     if isinstance(parameter, DTensor):
@@ -479,10 +489,18 @@ def assign(model, name, stored, dtype=None, device="cpu"):
         start = mesh.get_local_rank() * -(-len(parameter) // mesh.size())
         if len(rows):
             rows.copy_(stored[start:start + len(rows)])
-    else:
-        module, _, leaf = name.rpartition(".")
-        value = nn.Parameter(stored.to(device=device, dtype=dtype), parameter.requires_grad)
-        setattr(model.get_submodule(module), leaf, value)
+        return rows
+    module, _, leaf = name.rpartition(".")
+    value = nn.Parameter(stored.to(device=device, dtype=dtype), parameter.requires_grad)
+    setattr(model.get_submodule(module), leaf, value)
+    return value
+
+
+def refuse_nan(name, tensor):
+    """The tensor, unless a number in it is NaN. (aminmax is far faster than isnan.)"""
+    if len(tensor) and tensor.aminmax().max.isnan():
+        raise UserError(f"{name} holds NaN; copy the file again, or train with a lower --lr")
+    return tensor
 
 
 def load_weights(model, folder, dtype=None, device="cpu"):
@@ -515,7 +533,8 @@ def load_weights(model, folder, dtype=None, device="cpu"):
                                     "one is of another model")
                 dtypes[name] = DTYPES[kind]
                 is_sharded = isinstance(parameter, DTensor)
-                assign(model, name, stored if is_sharded else file.get_tensor(name), dtype, device)
+                value = assign(model, name, stored if is_sharded else file.get_tensor(name), dtype, device)
+                refuse_nan(f"{path}: {name}", value)
     if missing := sorted(parameters.keys() - dtypes.keys()):
         raise UserError(f"{folder}: lacks {len(missing)} tensors, {missing[0]} the first; copy the folder again")
     if dtype is None:  # one dtype throughout, also where norms are stored in another
@@ -533,9 +552,45 @@ def load_model(folder, dtype=None, device="cpu"):
 
 # ------------------------------------------------------------------------------ checkpoint folder: writing
 
+RUN_FILE = "run.json"  # a run's first file in a folder; who writes there
+SHARDS = "model-?????-of-?????.safetensors"
+
+
 def holds_model(folder):
     """True if the folder has files of a model, which saving would replace."""
     return any((Path(folder) / name).exists() for name in ("config.json", INDEX_FILE, "model.safetensors"))
+
+
+def is_ours(out):
+    """True if train.py has written to the folder before; False if nothing there has a name that it writes.
+
+    The entry "cctuning" tells, in config.json or, of a run without a result, in RUN_FILE. Raises UserError for files
+    of others, which a run would replace or remove.
+    """
+    out, folders = Path(out), ("checkpoints", "saving.tmp")
+    marker = next((out / name for name in ("config.json", RUN_FILE) if (out / name).exists()), None)
+    ours = marker is not None and "cctuning" in read_json(marker)
+    files = ("config.json", RUN_FILE, "train_log.jsonl", INDEX_FILE, CCTUNING_FILE, *TOKENIZER_FILES)
+    for path in [*(out / name for name in (*files, *folders)), *out.glob(SHARDS)]:
+        as_written = path.is_file() if path.name not in folders else path.is_dir() and not path.is_symlink()
+        if (path.is_symlink() or path.exists()) and not (ours and as_written):
+            raise UserError(f"{path}: was not written by train.py, which would replace it; give another --out")
+    if (out / "model.safetensors").exists():
+        raise UserError(f"{out}: model.safetensors there would be loaded in place of the result; give another --out")
+    return ours
+
+
+def tokenizer_files(folder):
+    """Names of a checkpoint folder's tokenizer files. Raises UserError for what is not to be copied to another folder.
+
+    A link may lead to another file of the folder, or to the blobs of Hugging Face's cache.
+    """
+    paths = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).exists() or path.is_symlink()]
+    home = Path(folder).resolve()
+    for path in paths:
+        if not path.is_file() or path.resolve().parent not in (home, home.parent.parent / "blobs"):
+            raise UserError(f"{path}: is not a regular file of this folder; put a copy there")
+    return [path.name for path in paths]
 
 
 def write_shards(folder, tensors, shard_bytes):
@@ -574,20 +629,26 @@ def save_checkpoint(out, source, tensors, info, extra=None, shard_bytes=5_000_00
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     write_shards(staging, tensors, shard_bytes)
-    config = dict(read_json(source / "config.json"), cctuning=info)
-    write_text(staging / "config.json", json.dumps(config, indent=2, ensure_ascii=False))
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, staging / name)
+    for name in tokenizer_files(source):
+        shutil.copyfile(source / name, staging / name)
     if extra:
         save_file({name: t.contiguous() for name, t in extra.items()}, staging / CCTUNING_FILE)
+    info = {**info, "files": sorted(path.name for path in staging.iterdir())}
+    config = dict(read_json(source / "config.json"), cctuning=info)
+    write_text(staging / "config.json", json.dumps(config, indent=2, ensure_ascii=False))
+    umask = os.umask(0)  # can only be read by setting it
+    os.umask(umask)
     for path in staging.iterdir():
+        path.chmod(0o666 & ~umask)  # save_file leaves 0600
         sync(path)
 
     # Remove the old model, its index first; then move the new one in, its index last. A folder without an
-    # index does not load, so a crash in between leaves no mixture of the two.
-    old = [out / name for name in (INDEX_FILE, CCTUNING_FILE, *TOKENIZER_FILES)]
-    for path in [*old, *out.glob("model*.safetensors")]:
+    # index does not load, so a crash in between leaves no mixture of the two. Of tokenizer files only those that
+    # the old model lists: others are the user's.
+    old = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    listed = old.get("cctuning", {}).get("files", [])
+    old = [INDEX_FILE, CCTUNING_FILE, *(name for name in TOKENIZER_FILES if name in listed)]
+    for path in [*(out / name for name in old), *out.glob(SHARDS)]:
         path.unlink(missing_ok=True)
     for path in sorted(staging.iterdir(), key=lambda p: p.name == INDEX_FILE):
         path.replace(out / path.name)
@@ -755,18 +816,68 @@ class Tokenizer:
 
 # -------------------------------------------------------------------------------- users' input and files
 
-def run_script(main, is_main_process=True):
-    """Call main(). A UserError becomes one line on stderr (of rank 0 only) and exit code 2."""
+def run_script(main):
+    """Call main(). What the user can mend becomes one line on stderr and exit code 2.
+
+    Streams: a closed one is replaced by the null device, characters that the terminal lacks are escaped, a reader
+    that went away (`| head`) ends the script quietly.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in turn: each takes its own number again
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    local_rank = 0
     try:
+        local_rank = process_ranks()[2]
         main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        silence(sys.stdout)
+        sys.exit(128 + 13)  # as SIGPIPE does
     except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.errno != errno.ENOSPC:
-                raise
-            error = f"{error.filename or 'output'}: the disk is full; make room and run again (train.py: --resume)"
-        if is_main_process:
-            print(f"error: {error}", file=sys.stderr)
+        if (message := error_line(error)) is None:
+            raise
+        if local_rank == 0:  # every rank has the same to say
+            print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def error_line(error):
+    """A UserError or OSError as one line: the file, what is wrong, what to do. None: an error about no file."""
+    message = str(error)
+    if isinstance(error, OSError):
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        other = "output" if is_full else "the working directory" if error.errno == errno.ENOENT else None
+        if (name := error.filename or other) is None:
+            return None
+        advice = "make room and run again (train.py: --resume)" if is_full else "check path and permissions"
+        message = f"{name}: {error.strerror}; {advice}"
+    return printable(" ".join(message.splitlines()))
+
+
+def printable(text):
+    """Text without control characters: file names may hold any, and a terminal obeys them."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+
+
+def silence(stream):
+    """Send what is still to be printed to the null device."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def process_ranks():
+    """(rank, number of processes, rank on this machine), as torchrun sets them."""
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    values = [os.environ.get(name, default) for name, default in names.items()]
+    ranks = [int(value) if value.isdecimal() else -1 for value in values]
+    needed = {"RANK", "MASTER_ADDR", "MASTER_PORT"} if ranks[1] > 1 else set()
+    if min(ranks) < 0 or ranks[0] >= ranks[1] or needed - os.environ.keys():
+        raise UserError(f"{', '.join(names)}: are {', '.join(values)}; start several processes with torchrun, or "
+                        "unset these variables")
+    return ranks
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -794,8 +905,6 @@ def read_text(path):
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check path and permissions") from None
 
 
 def parse_json(text, path, line=1, expected="restore the file"):
@@ -815,15 +924,18 @@ def parse_json(text, path, line=1, expected="restore the file"):
 
 def read_json(path):
     """The JSON object in a file."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path}: not a regular file; restore it")  # reading a pipe could wait for ever
     value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object; restore the file")
     return value
 
 
-def read_json_lines(path):
-    """[("file:line", value)] of a file with one JSON value per line."""
-    lines = enumerate(read_text(path).split("\n"), 1)  # not splitlines(): a JSON string may hold U+2028
+def read_json_lines(path, text=None):
+    """[("file:line", value)] of a file with one JSON value per line. text: the file's, if it has been read."""
+    text = read_text(path) if text is None else text
+    lines = enumerate(text.split("\n"), 1)  # not splitlines(): a JSON string may hold U+2028
     values = [(f"{path}:{n}", parse_json(line, path, n, "expected one JSON value per line"))
               for n, line in lines if line.strip()]
     if not values:
@@ -861,9 +973,9 @@ class Record(NamedTuple):
 
 def read_records(path, required=("instruction",)):
     """The Records of a file of JSON lines or one JSON list."""
-    text = read_text(path)
+    text = read_text(path)  # once: it may be a pipe
     if not text.lstrip().startswith("["):
-        return [Record.parse(value, where, required) for where, value in read_json_lines(path)]
+        return [Record.parse(value, where, required) for where, value in read_json_lines(path, text)]
     values = parse_json(text, path, expected="expected JSON lines or one JSON list")
     if not values:
         raise UserError(f"{path}: is an empty list; expected JSON lines or a JSON list of objects")
@@ -887,27 +999,51 @@ def text_field(fields, key, where, required):
     return value
 
 
+def relative(path):
+    """The path seen from the working directory, if there is a way: a drive may lie between."""
+    try:
+        return os.path.relpath(path)
+    except (OSError, ValueError):
+        return str(path)
+
+
 def check_writable(path):
     """Refuse, before any work is done, a folder that cannot be made or written."""
-    existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.is_symlink() or p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{path}: cannot be written, {existing} is not a writable directory; choose another place")
 
 
 def write_text(path, text):
-    """Write a text file, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # for halves of surrogate pairs
-    sync(temporary)
-    os.replace(temporary, path)
+    """Write a text file, whole or not at all. A link is followed, an old file's mode kept; a device or pipe is written
+    to directly."""
+    is_special = Path(path).exists() and not Path(path).is_file()
+    target = Path(os.path.realpath(path))
+    temporary = Path(path) if is_special else target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # for halves of surrogate pairs
+        if not is_special:
+            sync(temporary)
+            if target.exists():
+                shutil.copymode(target, temporary)
+            os.replace(temporary, target)
+    except BaseException as error:
+        if not is_special:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # not the temporary file's
+        raise
 
 
 def sync(path):
     """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:
+        if not Path(path).is_dir():  # some file systems cannot flush folders
+            raise

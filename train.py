@@ -21,19 +21,22 @@ In the symbols of cctuning.py, what happens to a training file:
     fit_matrix        in the end, W (d, d) from H (L, B, d) of prompts and of their English versions
 """
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
-import hashlib
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import socket
+import sys
 import time
 import warnings
 from dataclasses import dataclass
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +51,15 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cctuning import Batch, CCTuning, gumbel_noise, load_cctuning
-from model import (SOURCES, TEMPLATES, Config, Help, Tokenizer, UserError, at_least, check_writable,
-                   holds_model, pad, read_json, read_records, read_text, run_script, save_checkpoint, sync,
-                   write_text)
+from model import (DATA, RUN_FILE, SOURCES, TEMPLATES, Config, Help, Tokenizer, UserError, at_least,
+                   check_writable, error_line, holds_model, is_ours, pad, printable, process_ranks, read_json,
+                   read_records, read_text, refuse_nan, relative, run_script, save_checkpoint, silence, sync,
+                   tokenizer_files, write_text)
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints of a single process
 
@@ -58,11 +67,12 @@ BETAS, WEIGHT_DECAY, MAX_NORM, WARMUP = (0.9, 0.999), 0.0, 1.0, 0.1
 SORT_WINDOW = 128  # at least this many samples are sorted by length together
 HELD_OUT = 100     # prompts kept out of the matrix fit to measure it
 MAX_SKIPPED = 10   # steps in a row without a finite loss and gradient before the run stops
+STEP = "step-" + 7 * "[0-9]"  # name of a checkpoint
 TIMEOUT = datetime.timedelta(minutes=10)  # after waiting this long, a process takes the others for dead
-DATA = os.path.relpath(Path(__file__).resolve().parent / "data")
 PAPER = {"epochs": 3, "batch_size": 128, "micro_batch": 8, "lr": 1e-5}
 EMBEDDED = {  # without --model and --data
-    "model": f"{DATA}/base", "data": f"{DATA}/train.jsonl", "eval_data": f"{DATA}/dev.jsonl",
+    "model": relative(DATA / "base"), "data": relative(DATA / "train.jsonl"),
+    "eval_data": relative(DATA / "dev.jsonl"),
     "epochs": 2, "batch_size": 32, "micro_batch": 32, "lr": 1e-4}
 RESUME_MAY_CHANGE = {  # arguments that do not change a run's result
     "out", "overwrite", "resume", "save_every", "keep", "micro_batch", "checkpoint_activations",
@@ -206,19 +216,22 @@ class Dist:
     rank: int
     world_size: int
     device: torch.device
+    torchrun: int | None = None  # its process
 
     @classmethod
     def start(cls, backend=None):
         """Join the process group; backend: nccl on GPUs, else gloo, unless given."""
-        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world_size, local_rank = process_ranks()
         device = torch.device("cpu")
         if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if local_rank >= (count := torch.cuda.device_count()):
+                raise UserError(f"--nproc_per_node: more than {count}, the GPUs of this machine; lower it")
+            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         if world_size > 1:
             backend = backend or ("nccl" if device.type == "cuda" else "gloo")
             torch.distributed.init_process_group(backend, timeout=TIMEOUT)
-        return cls(rank, world_size, device)
+        return cls(rank, world_size, device, os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
 
     def __enter__(self):
         return self
@@ -227,17 +240,41 @@ class Dist:
         """Leave the process group: together at the end, alone after an error."""
         if self.world_size > 1:
             if error is None or error is SystemExit:
-                self.barrier()
+                self.gather(None)
             torch.distributed.destroy_process_group()
 
-    def print0(self, *values, **options):
-        """print() on rank 0 only."""
+    def print0(self, text, file=None):
+        """Print on rank 0 only, above a progress bar. A reader that goes away (`| head`) does not end the run."""
         if self.rank == 0:
-            print(*values, **options)
+            file = file or sys.stdout
+            try:
+                tqdm.write(printable(text), file=file)
+                file.flush()
+            except BrokenPipeError:
+                silence(file)
 
-    def barrier(self):
+    def gather(self, value):
+        """The values of all ranks, small ones. Waits for all."""
+        values = [value] * self.world_size
         if self.world_size > 1:
-            torch.distributed.barrier()
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def together(self, function, *args):
+        """function(*args), called on every rank. What the user can mend ends all ranks, on whichever it is found."""
+        result = problem = None
+        try:
+            result = function(*args)
+        except (UserError, OSError) as error:
+            if (problem := error_line(error)) is None:
+                raise
+        if problems := [found for found in self.gather(problem) if found]:
+            raise UserError(problems[0])
+        return result
+
+    def on_rank0(self, function, *args):
+        """function(*args), called on rank 0 only; all ranks get the result."""
+        return self.gather(self.together(lambda: function(*args) if self.rank == 0 else None))[0]
 
     def sum(self, tensor):
         """Sum a tensor over the processes, in place."""
@@ -330,22 +367,20 @@ class Setup:
         """What the fused vector may come from; the model is trained with the first."""
         return ("english", "matrix", "none") if self.args.method == "cc" else ("none",)
 
-    @property
+    @functools.cached_property
     def run_info(self):
         """What a resumed run must have in common with the run that wrote the checkpoint."""
         info = {name: value for name, value in vars(self.args).items() if name not in RESUME_MAY_CHANGE}
-        return info | {"dtype": str(self.dtype), "data": f"{self.args.data} {self.data_digest}",
-                       "fusion_layer": self.config.fusion_layer}
-
-    @functools.cached_property
-    def data_digest(self):
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            digest.update(repr(sample).encode())
-        return digest.hexdigest()
+        model = Path(self.args.model).resolve()  # however its path is spelled
+        return info | {"model": f"{model} {digest(read_text(model / 'config.json'))}",
+                       "data": digest(self.samples), "dtype": str(self.dtype), "fusion_layer": self.config.fusion_layer}
 
     def autocast(self):
         return torch.autocast(self.dist.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def digest(value):
+    return sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def default_max_length(args, config):
@@ -359,6 +394,9 @@ def read_setup(args, dist):
     if unused or (args.method == "sft" and args.epochs == 0):
         raise UserError(f"--method sft: has no use for --{(unused or ['epochs 0'])[0]}; leave one of them out")
     config = Config.read(args.model)
+    if os.path.exists(args.out) and os.path.samefile(args.out, args.model):
+        raise UserError(f"{args.out}: is --model too, which would be lost; give another --out")
+    tokenizer_files(args.model)  # they are copied in the end
     layers, max_length = config.num_hidden_layers, default_max_length(args, config)
     if max_length > config.max_length:
         raise UserError(f"--max_length: {max_length} is more than {args.model} takes, {config.max_length}; "
@@ -382,21 +420,40 @@ def read_setup(args, dist):
     return Setup(args, dist, dtype, config, tokenizer, samples, eval_samples, steps)
 
 
+def claim(setup, until_exit):
+    """Lock --out, mark it as ours and return False; True if it holds the result of this run, to --resume.
+
+    Raises UserError for a folder in use, or with something that is not to be replaced. Called on rank 0.
+    """
+    out = Path(setup.args.out)
+    is_ours(out)  # else it is refused before anything is written there
+    out.mkdir(parents=True, exist_ok=True)
+    lock = until_exit.enter_context(open(out / ".lock", "a"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the run ends
+    except BlockingIOError:
+        user = read_json(out / RUN_FILE).get("cctuning") if (out / RUN_FILE).exists() else "another run"
+        raise UserError(f"{out}: is in use by {user}; wait for it, or give another --out") from None
+    except (OSError, AttributeError):  # AttributeError: Windows
+        setup.dist.print0(f"{out}: cannot be locked here; start no second run with this --out")
+    if is_finished(setup):
+        return True
+    write_text(out / RUN_FILE, json.dumps({"cctuning": f"process {os.getpid()} on {socket.gethostname()}"}))
+    return False
+
+
 def is_finished(setup):
-    """True if --out holds the result of this run, to --resume. Refuses to replace any other model."""
+    """True if --out holds the result of this run, to --resume. Refuses to replace another, if not asked to."""
     args, out = setup.args, Path(setup.args.out)
     if not holds_model(out) or (out / "saving.tmp").exists():  # the latter: died while saving
-        if list((out / "checkpoints").glob("step-*")) and not (args.overwrite or args.resume):
+        if list((out / "checkpoints").glob(STEP)) and not (args.overwrite or args.resume):
             raise UserError(f"{out}/checkpoints: a run was stopped; continue it with --resume, or start again "
                             "with --overwrite")
         return False
     existing = Config.read(out).cctuning
-    previous_args = existing.get("arguments", {})
-    same = all(previous_args.get(name) == value for name, value in vars(args).items()
-               if name not in RESUME_MAY_CHANGE)
-    if args.resume and same and existing.get("data") == setup.data_digest:
+    if args.resume and existing.get("run") == setup.run_info:
         return True
-    if not args.overwrite and not (args.embedded and previous_args.get("embedded") is True):
+    if not args.overwrite and not (args.embedded and existing.get("arguments", {}).get("embedded") is True):
         raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
     return False
 
@@ -420,6 +477,9 @@ def load_for_training(setup):
     if args.checkpoint_activations:
         for layer in cc.lm.model.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    size = sum(p.numel() * loaded.dtypes[name].itemsize for name, p in cc.lm.named_parameters())
+    if setup.dist.rank == 0 and (free := shutil.disk_usage(args.out).free) < size:
+        raise UserError(f"{args.out}: {free / 1e9:.2f} GB are free there, the result needs {size / 1e9:.2f}; make room")
     return cc, loaded
 
 
@@ -463,7 +523,7 @@ def train_step(setup, cc, optimizer, step):
 
 @torch.no_grad()
 def validate(setup, cc, connections):
-    """{connection: validation loss}: the mean per answer token, without noise."""
+    """{connection: validation loss}, the mean per answer token without noise; and the same as text."""
     samples, losses = sorted(setup.eval_samples, key=lambda s: -len(s.ids)), {}
     for connection in connections:
         total = torch.zeros(2, dtype=torch.float64, device=setup.dist.device)  # loss, answer tokens
@@ -475,7 +535,7 @@ def validate(setup, cc, connections):
         loss, count = setup.dist.sum(total).tolist()
         losses[connection] = loss / count
     reshard(cc)
-    return losses
+    return losses, ", ".join(f"{loss:.4f} {name}" for name, loss in losses.items())
 
 
 @torch.no_grad()
@@ -502,30 +562,45 @@ def fit_matrix(setup, cc):
 
     width = setup.config.hidden_size
     matrix.sums = torch.zeros(2, width, width, dtype=torch.float64, device=dist.device)
+    count = torch.zeros((), device=dist.device)  # of prompts in the fit
     groups = list(dist.micro_batches(fit, args.micro_batch))
     for group, weight in tqdm(groups, "matrix", disable=dist.rank > 0 or None):
         own, english = activations(group)
         finite = (own.isfinite() & english.isfinite()).all(2).all(0)  # (B,): one bad prompt ruins the sums
         if weight and finite.any():
             matrix.add(own[:, finite], english[:, finite])
+            count += finite.sum()
+    if not (prompts := int(dist.sum(count))):
+        raise UserError(f"{args.data}: no prompt has finite activations; lower --lr, or look for broken samples")
     dist.sum(matrix.sums)
     matrix.solve(args.ridge)
-    info = {"prompts": len(fit), "ridge": args.ridge, "held_out": len(test)}
+    info = {"prompts": prompts, "ridge": args.ridge, "held_out": len(test), "r_squared": []}
     if test:  # few: every process computes all
         groups = [activations(test[i:i + args.micro_batch]) for i in range(0, len(test), args.micro_batch)]
         own, english = (torch.cat(side, dim=1) for side in zip(*groups, strict=True))
-        info["r_squared"] = [finite_or_none(round(r, 4)) for r in matrix.r_squared(own, english).tolist()]
+        info["r_squared"] = [round(r, 4) if math.isfinite(r) else None
+                             for r in matrix.r_squared(own, english).tolist()]
+    info["doubt"] = doubt(info, setup.config)
     reshard(cc)
     return info
+
+
+def doubt(info, config):
+    """Why a matrix with this info may serve little, in a line; None if nothing tells."""
+    r_squared, problem = info["r_squared"], None
+    if info["prompts"] * config.num_hidden_layers < config.hidden_size:
+        problem = f"{info['prompts']} prompts do not determine its {config.hidden_size} columns"
+    elif sum(r is None or r <= 0 for r in r_squared) > len(r_squared) / 2:
+        problem = "in most layers it predicts no better than a mean (R^2 <= 0)"
+    return problem and f"Transform Matrix: {problem}; fit it on more prompts, or with --ridge 0.1"
 
 
 # ----------------------------------------------------------------------------------------- checkpointing
 
 def last_line(error):
     """The last line of an error's text; of a collective failure, that of the first process."""
-    failures = list(getattr(error, "failures", {}).values())
-    error = failures[0][0] if failures else error
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    failures = [*getattr(error, "failures", {}).values()]
+    return (str(failures[0][0] if failures else error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 class Checkpointer:
@@ -541,8 +616,7 @@ class Checkpointer:
 
     def complete(self):
         """The complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*")
-                      if re.fullmatch(r"step-\d{7}", path.name) and (path / ".metadata").exists())
+        return sorted(self.folder.glob(STEP))
 
     def state(self):
         """{name: tensor} of all that is saved; resume reads into these tensors."""
@@ -557,48 +631,59 @@ class Checkpointer:
                 state.update({f"{name}.{key}": value for key, value in moments.items()})
         return state
 
+    def hashes(self, folder):
+        """{name: SHA-256} of the files that this rank wrote to a checkpoint."""
+        names = [f"__{self.setup.dist.rank}_*", *([".metadata"] if self.setup.dist.rank == 0 else [])]
+        return {path.name: sha256_of(path) for name in names for path in folder.glob(name)}
+
     def save(self, step):
         """Write step-N, whole or not at all, and remove all but the newest --keep."""
         dist, target = self.setup.dist, self.folder / f"step-{step:07d}"
         temporary = target.with_suffix(".tmp")
-        if target.exists():
-            return
+
+        def finish(hashes):
+            files = dict(item for found in hashes for item in found.items())
+            write_text(temporary / "run.json", json.dumps({**self.setup.run_info, "step": step, "files": files}))
+            temporary.rename(target)
+            sync(self.folder)
+            for old in self.complete()[:-self.setup.args.keep]:
+                shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+
         try:
-            if dist.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                write_text(temporary / "run.json", json.dumps(self.setup.run_info))
-            dist.barrier()
+            dist.on_rank0(temporary.mkdir, 0o777, True)
             writer = dcp.FileSystemWriter(temporary, sync_files=True)
             dcp.save(self.state(), storage_writer=writer, no_dist=dist.world_size == 1)
-            if dist.rank == 0:
-                temporary.rename(target)
-                sync(self.folder)
-                for old in self.complete()[:-self.setup.args.keep]:
-                    shutil.rmtree(old.rename(old.with_suffix(".tmp")))
-        except (OSError, CheckpointException) as error:
+            dist.on_rank0(finish, dist.gather(dist.together(self.hashes, temporary)))
+        except (UserError, CheckpointException) as error:
             if dist.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"{target}: cannot be written ({last_line(error)}); make room, then continue "
                             "with --resume") from None
 
-    def resume(self):
-        """Load the newest checkpoint in place, if it is of the same run. Returns its step; 0: none there."""
-        if not self.complete():
-            return 0
-        path = self.complete()[-1]
-        saved = read_json(path / "run.json")
+    def check(self, path):
+        """Refuse a checkpoint of another run, or one whose bytes have changed. Each rank reads its share."""
+        saved, dist = read_json(path / "run.json"), self.setup.dist
         for name, value in self.setup.run_info.items():
             if saved.get(name) != value:
                 raise UserError(f"{path}: was written with another --{name} ({saved.get(name)}, now {value}); "
                                 "give the same, or another --out")
-        try:
-            dcp.load(self.state(), storage_reader=dcp.FileSystemReader(path),
-                     no_dist=self.setup.dist.world_size == 1)
-        except (Exception, CheckpointException) as error:  # a damaged file can raise anything
-            raise UserError(f"{path}: damaged ({last_line(error)}); remove it to resume from the one "
-                            "before it") from None
-        return int(path.name.removeprefix("step-"))
+        files = sorted(saved["files"].items())[dist.rank::dist.world_size]
+        if path.name != f"step-{saved['step']:07d}" or any(sha256_of(path / name) != found for name, found in files):
+            raise UserError(f"{path}: damaged, or renamed; remove it to resume from the one before it")
+
+    def resume(self):
+        """Load the newest checkpoint in place, if it is of the same run. Returns its step; 0: none there."""
+        dist, paths = self.setup.dist, self.complete()
+        if not paths:
+            return 0
+        dist.together(self.check, paths[-1])
+        dcp.load(self.state(), storage_reader=dcp.FileSystemReader(paths[-1]), no_dist=dist.world_size == 1)
+        return int(paths[-1].name.removeprefix("step-"))
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 class Log:
@@ -610,61 +695,59 @@ class Log:
         if dist.rank > 0:
             return
         for line in read_text(path).splitlines() if start and path.exists() else []:
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or written after the last step
                 lines += [line] if json.loads(line)["step"] <= start else []
-            except (ValueError, KeyError):
-                pass  # cut short, or written after the last step
-        if not start:
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        for leftover in [out / "saving.tmp", *(out / "checkpoints").glob("*.tmp")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        checkpoints = (out / "checkpoints").glob(f"{STEP}*")
+        for old in [out / "saving.tmp", *(path for path in checkpoints if path.suffix == ".tmp" or not start)]:
+            shutil.rmtree(old, ignore_errors=True)
         write_text(path, "".join(line + "\n" for line in lines))
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, **entry):
         if self.file:
-            self.file.write(json.dumps(entry) + "\n")
+            text = re.sub(r"-?\b(NaN|Infinity)\b", "null", json.dumps(entry))  # JSON has no such numbers
+            self.file.write(text + "\n")
             self.file.flush()
 
 
 # --------------------------------------------------------------------------------------------- the run
 
-def finite_or_none(number):
-    return number if math.isfinite(number) else None  # JSON has no infinity
-
-
 def train(args, stop_signals):
     """Train, fit the matrix, save. stop_signals: the signals received so far; see main."""
-    with Dist.start() as dist:
-        setup = read_setup(args, dist)
-        if is_finished(setup):
+    with Dist.start() as dist, contextlib.ExitStack() as until_exit:
+        setup = dist.together(read_setup, args, dist)
+        if len(set(dist.gather(digest((vars(args), setup.samples, setup.eval_samples))))) > 1:
+            raise UserError("--data: the processes have other data or other arguments; start all with the same")
+        if dist.on_rank0(claim, setup, until_exit):
             return dist.print0(f"{args.out}: holds the result of this run already")
-        cc, loaded = load_for_training(setup)
+        cc, loaded = dist.together(load_for_training, setup)
         optimizer = torch.optim.AdamW([p for p in cc.parameters() if p.requires_grad], lr=args.lr, betas=BETAS,
                                       weight_decay=WEIGHT_DECAY, fused=True)
         checkpointer = Checkpointer(setup, cc, optimizer)
         start = checkpointer.resume() if args.resume else 0
-        dist.barrier()  # every rank has read the folder; rank 0 may write now
+        dist.gather(None)  # every rank has read the folder; rank 0 may write now
         log = Log(Path(args.out), start, dist)
         dist.print0(f"{args.method} on {dist.world_size} x {dist.device.type}, "
                     f"{str(setup.dtype).removeprefix('torch.')}: {len(setup.samples)} samples, template "
                     f"{setup.tokenizer.template}, {len(setup.steps)} steps"
                     + (f", resumed after step {start}" if start else ""))
         train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals)
-        info = {"data": setup.data_digest, "template": setup.tokenizer.template, "method": args.method,
+        info = {"run": setup.run_info, "template": setup.tokenizer.template, "method": args.method,
                 "source_layer": setup.config.source_layer, "fusion_layer": setup.config.fusion_layer,
                 "arguments": vars(args)}
         if args.method == "cc":
             info["languages"] = sorted({s.lang for s in setup.samples if s.lang})
             info["matrix"] = fit_matrix(setup, cc)
             log.write(matrix=info["matrix"])
-            shown = " ".join("-" if r is None else f"{r:.2f}" for r in info["matrix"].get("r_squared", []))
+            shown = " ".join("-" if r is None else f"{r:.2f}" for r in info["matrix"]["r_squared"])
             dist.print0(f"matrix: fitted on {info['matrix']['prompts']} prompts, R^2 per layer on "
                         f"{info['matrix']['held_out']} others {shown}")
+            if info["matrix"]["doubt"]:
+                dist.print0(info["matrix"]["doubt"])
         if setup.eval_samples:
-            losses = validate(setup, cc, setup.connections)
-            log.write(eval_loss={name: finite_or_none(loss) for name, loss in losses.items()})
-            dist.print0("validation loss: " + ", ".join(f"{loss:.4f} {name}" for name, loss in losses.items()))
+            losses, shown = validate(setup, cc, setup.connections)
+            log.write(eval_loss=losses)
+            dist.print0(f"validation loss: {shown}")
         save_result(setup, cc, loaded.dtypes, info)
         dist.print0(f"saved to {args.out}\nnext: python infer.py"
                     + ("" if args.out == "out" else f" --model {args.out}")
@@ -676,10 +759,10 @@ def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
 
     When a signal has come, the step is finished, a checkpoint written, and the process exits.
     """
-    args, dist, steps, skipped = setup.args, setup.dist, setup.steps, []
-    progress = tqdm(total=len(steps), initial=start, desc="train ",
-                    disable=None if dist.rank == 0 and steps else True)
-    for step in range(start, len(steps)):
+    args, dist, steps = setup.args, setup.dist, setup.steps
+    skipped = in_a_row = 0
+    for step in tqdm(range(start, len(steps)), "train ", len(steps), initial=start,
+                     disable=None if dist.rank == 0 and steps else True):
         (epoch, numbers), began = steps[step], time.perf_counter()
         loss, norm = train_step(setup, cc, optimizer, step)
         is_last, is_finite = step + 1 == len(steps), math.isfinite(loss) and math.isfinite(norm)
@@ -689,42 +772,37 @@ def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
         tokens = sum(len(setup.samples[i].ids) + (args.method == "cc") * len(setup.samples[i].english_ids)
                      for i in numbers)
         speed = tokens / (time.perf_counter() - began)
-        log.write(step=step + 1, epoch=epoch, loss=finite_or_none(loss), lr=rate,
-                  grad_norm=finite_or_none(norm), tokens_per_s=round(speed, 1), skipped=not is_finite)
-        progress.update()
-        if dist.rank == 0 and (is_last or (step + 1) % args.log_every == 0):
-            progress.write(f"step {step + 1:>{len(str(len(steps)))}}/{len(steps)}  loss {loss:7.4f}  "
-                           f"lr {rate:8.2e}  grad {norm:8.3f}  {speed:8.0f} tokens/s")
+        log.write(step=step + 1, epoch=epoch, loss=loss, lr=rate, grad_norm=norm,
+                  tokens_per_s=round(speed, 1), skipped=not is_finite)
+        if is_last or (step + 1) % args.log_every == 0:
+            dist.print0(f"step {step + 1:>{len(str(len(steps)))}}/{len(steps)}  loss {loss:7.4f}  "
+                        f"lr {rate:8.2e}  grad {norm:8.3f}  {speed:8.0f} tokens/s")
         if not is_finite:
             dist.print0(f"step {step + 1} skipped: loss {loss}, gradient norm {norm}")
-            skipped.append(step)
-            if skipped[-MAX_SKIPPED:] == list(range(step + 1 - MAX_SKIPPED, step + 1)):
-                raise UserError(f"{args.data}: no finite loss or gradient in {MAX_SKIPPED} steps up to "
-                                f"{step + 1}; lower --lr, or look for broken samples")
+            skipped += 1
+        in_a_row = 0 if is_finite else in_a_row + 1
+        if in_a_row == min(MAX_SKIPPED, len(steps)):
+            raise UserError(f"{args.data}: no finite loss or gradient in {in_a_row} steps up to {step + 1}; "
+                            "lower --lr, or look for broken samples")
 
         # validate; after the last epoch train() does
         if setup.eval_samples and not is_last and steps[step + 1][0] != epoch:
-            losses = validate(setup, cc, setup.connections[:1])
-            log.write(step=step + 1, epoch=epoch,
-                      eval_loss={name: finite_or_none(loss) for name, loss in losses.items()})
-            if dist.rank == 0:
-                progress.write(f"epoch {epoch + 1}/{args.epochs}: validation loss "
-                               + ", ".join(f"{loss:.4f} {name}" for name, loss in losses.items()))
+            losses, shown = validate(setup, cc, setup.connections[:1])
+            log.write(step=step + 1, epoch=epoch, eval_loss=losses)
+            dist.print0(f"epoch {epoch + 1}/{args.epochs}: validation loss {shown}")
 
         # save, after the last step too: fitting and saving may be interrupted
-        is_stopping = dist.sum(torch.tensor(float(len(stop_signals)), device=dist.device)) > 0
+        is_orphan = dist.torchrun not in (None, os.getppid())  # torchrun was killed: nobody else would end this
+        is_stopping = dist.sum(torch.tensor(float(len(stop_signals) + is_orphan), device=dist.device)) > 0
         is_due = args.save_every and is_finite and (is_last or (step + 1) % args.save_every == 0)
         if is_stopping or is_due:
             checkpointer.save(step + 1)
         if is_stopping:
-            progress.close()
             dist.print0(f"stopped after step {step + 1} of {len(steps)}, saved in {args.out}/checkpoints; the "
                         "same command with --resume continues")
             raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
-    progress.close()
     if skipped:
-        dist.print0(f"{len(skipped)} steps were skipped, their loss or gradient was not finite; look for "
-                    "broken samples")
+        dist.print0(f"{skipped} steps were skipped, their loss or gradient was not finite; look for broken samples")
 
 
 def save_result(setup, cc, dtypes, info):
@@ -732,12 +810,13 @@ def save_result(setup, cc, dtypes, info):
     args, out = setup.args, Path(setup.args.out)
     extra = {name: full_tensor(p) for name, p in cc.named_parameters() if name.startswith("decision_maker.")}
     extra = {**extra, "transform_matrix": cc.transform_matrix.weight.cpu()} if args.method == "cc" else None
-    tensors = ((name, full_tensor(p).to(dtypes[name])) for name, p in cc.lm.named_parameters())
+    tensors = ((name, refuse_nan(f"{out}: {name}", full_tensor(p).to(dtypes[name])))
+               for name, p in cc.lm.named_parameters())
     if setup.dist.rank > 0:
         return list(map(len, tensors))  # take part in the gathering
     try:
         save_checkpoint(out, args.model, tensors, info, extra, int(1e9 * args.max_shard_size))
-    except (OSError, SafetensorError) as error:
+    except (UserError, OSError, SafetensorError) as error:
         shutil.rmtree(out / "saving.tmp", ignore_errors=True)
         raise UserError(f"{out}: cannot be written ({last_line(error)}); make room, then run again"
                         + (" with --resume" if args.save_every else "")) from None
@@ -767,4 +846,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main, is_main_process=os.environ.get("LOCAL_RANK", "0") == "0")
+    run_script(main)

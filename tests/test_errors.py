@@ -5,6 +5,7 @@ make a good folder bad, such as remove(CONFIG), and the options to add to the co
 """
 import io
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -54,6 +55,14 @@ def make_a_folder(name):
     def change(folder):
         remove(name)(folder)
         (folder / name).mkdir()
+    return change
+
+
+def make_a_pipe(name):
+    """In the place of a file."""
+    def change(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
     return change
 
 
@@ -141,6 +150,10 @@ CHECKPOINTS = [  # a prompt is asked of each
     ("another activation", "hidden_act 'gelu'", config(hidden_act="gelu")),
     ("attention bias", "attention_bias", config(attention_bias=True)),
     ("a size beyond all bounds", "hidden_size", config(hidden_size=10 ** 12)),
+    ("a million layers", "num_hidden_layers is 1000000", config(num_hidden_layers=10 ** 6)),
+    ("a width of two billion", "hidden_size is 2147483640", config(hidden_size=2147483640)),
+    ("heads wider than any model", "key/value heads", config(head_dim=2 ** 19)),
+    ("config is a pipe", "config.json: not a regular file", make_a_pipe(CONFIG)),
     ("a rope_theta beyond all bounds", "rope_theta", config(rope_theta=10 ** 400)),
     ("an EOS that is a text", "eos_token_id", config(eos_token_id="</s>")),
     ("an EOS that is a list of lists", "generation_config.json: eos_token_id", write(
@@ -269,7 +282,7 @@ TRAINING = [  # train.py
     ("plain fine-tuning without an epoch", "--epochs 0", "--method=sft", "--epochs=0"),
     ("--out is a file", "out", write("out", "mine")),
     ("--out in a file", "data.jsonl", "--out={data}/out"),
-    ("--out holds a model", "--overwrite", "--out={model}"),
+    ("--out is the model", "--model", "--out={model}"),
 ]
 EVALUATION = [  # eval.py
     ("no room for prompts", "--max_new_tokens", "--max_new_tokens=300"),
@@ -304,8 +317,9 @@ COMMANDS = [  # the cases that each command is tried on
 
 
 def files(folder):
-    """{path: content}; a log may be begun before the run fails."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "train_log.jsonl"]
+    """{path: content}; a run may have begun its folder before it fails."""
+    begun = ("train_log.jsonl", "run.json", ".lock")
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in begun]
     return {path: path.read_bytes() for path in paths}
 
 

@@ -242,6 +242,47 @@ def test_signals(runs, run, tmp_path, number, default):
     assert during == [default] and signal.getsignal(number) == before
 
 
+def test_another_spelling_of_the_paths(runs, go_on, tmp_path, monkeypatch):
+    """Catches a run that another folder, or a link, keeps from going on."""
+    (tmp_path / "link").symlink_to(runs.data)
+    monkeypatch.chdir(runs.model.parent)
+    code, said, err = go_on(model="model", data=tmp_path / "link")
+    assert code == 0 and "resumed after step" in said, err
+    code, said, err = go_on(model="./model")
+    assert code == 0 and "already" in said, err
+
+
+def test_the_model_has_changed(runs, go_on):
+    """Catches a run that goes on with another architecture under the same name."""
+    config = runs.model / "config.json"
+    before = config.read_bytes()
+    config.write_bytes(before.replace(b'"rope_theta": 10000.0', b'"rope_theta": 500000.0'))
+    try:
+        code, _, err = go_on()
+    finally:
+        config.write_bytes(before)
+    assert code == 2 and "another --model" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata"])
+def test_a_flipped_bit(go_on, tmp_path, file):
+    """Catches moments or weights that the disk has changed: torch reads them without a word."""
+    path = sorted((tmp_path / "out" / "checkpoints").iterdir())[-1] / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    path.write_bytes(content)
+    code, _, err = go_on()
+    assert code == 2 and f"{path.parent}: damaged" in err and err.count("\n") == 1, err
+
+
+def test_a_renamed_checkpoint(go_on, tmp_path):
+    """Catches a checkpoint taken for the step that its name says."""
+    folder = tmp_path / "out" / "checkpoints"
+    (folder / "step-0000005").rename(folder / "step-0000011")
+    code, _, err = go_on()
+    assert code == 2 and "renamed" in err and err.count("\n") == 1, err
+
+
 def test_a_damaged_checkpoint(go_on, tmp_path):
     """Catches a traceback where a checkpoint cannot be read."""
     newest = sorted((tmp_path / "out" / "checkpoints").iterdir())[-1]
