@@ -3,6 +3,7 @@
     python eval.py                                            # held-out questions of the embedded default
     python eval.py --model DIR [DIR ...] --data BENCHMARKS [--tasks XNLI,MMMLU] [--langs sw,hi] [--limit 50]
     python eval.py ... --connection matrix english none       # each of the three, side by side
+    python eval.py ... --rescore                              # score the answers in --out again, without a model
     torchrun --nproc_per_node 8 eval.py ...                   # same answers, prompts spread over 8 processes
 
 BENCHMARKS has the layout of the paper's repository: TASK/split or split_sample/LANG.json with the prompts and
@@ -10,37 +11,48 @@ TASK/ans or ans_sample/LANG.json with the gold answers, a JSON value per line. T
 is the same line of the task's en.json, or of split_en/LANG.json (split_sample_en/LANG.json) if the task has it.
 
     task                    score, 0 to 100
-    XNLI XStoryCloze MMMLU  accuracy: the option that the answer names is the gold one
+    XNLI XStoryCloze MMMLU  accuracy: the option that the answer names is the gold one; beside it likelihood:
+                            the option whose texts ("B", "(B) text", "text") are the most likely answers is
     XQuAD MKQA              contained: the answer contains a gold one; beside it exact match and token F1
     XLSum                   ROUGE-L
     any other               exact match; beside it contained and token F1
 
-Scores have 95 % bootstrap intervals; means weigh languages alike, and the overall mean tasks alike. Each further
-model or connection is compared with the first on the same items by a paired sign-flip permutation test.
+Scores have 95 % intervals: Wilson's where an item counts 0 or 1, else from a bootstrap. Means weigh languages
+alike, and the overall mean tasks alike. Each further model or connection is compared with the first on the same
+items by a paired sign-flip permutation test. Answers are kept: what has not changed is not answered again.
 """
 import argparse
 import importlib.util
 import json
 import math
+import platform
 import re
 import string
+import subprocess
 import sys
+import time
 import unicodedata
+import zlib
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from infer import WHICH_MODEL, Engine, add_engine_options, default_model, write_json_lines
-from model import (DATA, Config, Help, Tokenizer, UserError, at_least, check_writable, read_json, read_json_lines,
-                   read_records, relative, run_script, weight_files, write_text)
-from train import Dist
+from model import (CCTUNING_FILE, DATA, TOKENIZER_FILES, Config, Help, Tokenizer, UserError, at_least, check_writable,
+                   read_json, read_json_lines, read_records, relative, run_script, weight_files, write_text)
+from train import Dist, digest
 
 OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # other tasks are answered freely
 METRICS = {**dict.fromkeys(OPTIONS, ("accuracy",)), "XLSum": ("rouge_l",),
            **dict.fromkeys(("XQuAD", "MKQA"), ("contained", "exact", "f1"))}
 DEFAULT_METRICS = ("exact", "contained", "f1")  # the first is the task's score
+MAX_NEW_TOKENS = {"XLSum": 128, **dict.fromkeys(OPTIONS, 24)}  # a summary of 32 tokens is cut in most languages
+OTHER_NEW_TOKENS = 32
+LIKELIHOOD = ", likelihood"  # of a task's rows by its second metric
 RESAMPLES, PERMUTATIONS = 1000, 10000
 HERE = Path(__file__).resolve().parent
 LANGUAGE_TABLES = read_json(HERE / "data" / "languages.json")
@@ -55,8 +67,10 @@ def parse_args(argv=None):
     add("--langs", metavar="CODE,...", help="languages (default: all that a task has)")
     add("--limit", type=at_least(1), metavar="N", help="only the first N items of each language")
     add("--out", default="out/eval", metavar="DIR", help="folder for results.json, results.md and answers")
-    add("--plot", metavar="DIR", help="folder for scores.png and layers.png (needs matplotlib)")
-    add_engine_options(parser, max_new_tokens=32, connections="+")
+    add("--plot", metavar="DIR", help="folder for scores.png, layers.png and loss.png (needs matplotlib)")
+    add("--again", action="store_true", help="answer again what --out has answers to")
+    add("--rescore", action="store_true", help="score the answers in --out; no model is loaded")
+    add_engine_options(parser, connections="+")
     return parser.parse_args(argv)
 
 
@@ -67,6 +81,17 @@ def task_folder(task, kind):
     return next((task / name for name in (kind, f"{kind}_sample") if (task / name).is_dir()), None)
 
 
+def names(text, option, known, where):
+    """The comma-separated names that an option lists; all known ones if it is not given."""
+    found = text.split(",") if text else known
+    for i, name in enumerate(found):
+        if name not in known:
+            raise UserError(f"{option}: unknown name {name!r}; {where} has {', '.join(known) or 'none'}")
+        if name in found[:i]:
+            raise UserError(f"{option}: {name} is named twice; name it once")
+    return found
+
+
 def find_tasks(data, tasks, langs):
     """[(task, language)] to run, from comma-separated names; None: all that is there."""
     data = Path(data)
@@ -74,16 +99,14 @@ def find_tasks(data, tasks, langs):
     if not known:
         raise UserError(f"{data}: has no folder TASK/split or TASK/split_sample; give a benchmarks folder as --data")
     found = []
-    for name in tasks.split(",") if tasks else known:
-        if name not in known:
-            raise UserError(f"--tasks: unknown task {name!r}; {data} has {', '.join(known)}")
+    for name in names(tasks, "--tasks", known, data):
         if task_folder(data / name, "ans") is None:
             raise UserError(f"{data / name}: has no folder ans or ans_sample; get the whole benchmark")
-        has = sorted(path.stem for path in task_folder(data / name, "split").glob("*.json"))
-        for lang in langs.split(",") if langs else has:
-            if lang not in has:
-                raise UserError(f"--langs: {name} has no language {lang!r}; it has {', '.join(has)}")
-            found.append((name, lang))
+        folder = task_folder(data / name, "split")
+        has = sorted(path.stem for path in folder.glob("*.json"))
+        if not has:
+            raise UserError(f"{folder}: has no LANG.json; get the whole benchmark")
+        found += [(name, lang) for lang in names(langs, "--langs", has, name)]
     return found
 
 
@@ -124,37 +147,81 @@ def shorten(text, tokenizer, room):
     return text[:low] + text[len(text) - low:]
 
 
-def encode(engine, args, items):
-    """The Prompts of a task in one language, and how many were shortened to leave room for an answer."""
-    tokenizer, room, shortened, prompts = engine.tokenizer, engine.config.max_length - args.max_new_tokens, 0, []
-    if room < len(tokenizer.prompt("")) + 16:
-        raise UserError(f"--max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in the model's "
-                        f"{engine.config.max_length}; lower it")
+def option_forms(item, task, tokenizer):
+    """{option: ids of each answer that gives it}: "B", "(B) text" and "text", end of turn included."""
+    forms = {option: [option] for option in OPTIONS[task]}
+    for option, text in option_texts(item.prompt, OPTIONS[task]).items():
+        forms[option] += [f"({option}) {text}", text] if text != option else [f"({option}) {text}"]
+    return {option: [tokenizer.answer(form) for form in found] for option, found in forms.items()}
+
+
+def encode(engine, task, items, max_new_tokens):
+    """The Prompts of a task in one language, and which of them were shortened to leave room for an answer."""
+    tokenizer, shortened, prompts = engine.tokenizer, [], []
     for number, item in enumerate(items):
+        forms = option_forms(item, task, tokenizer) if task in OPTIONS else None
+        longest = max([max_new_tokens, *(len(form) for found in (forms or {}).values() for form in found)])
+        room = engine.config.max_length - longest
+        if room < len(tokenizer.prompt("")) + 16:
+            raise UserError(f"--max_new_tokens: answers of {longest} tokens leave no room for a prompt in the model's "
+                            f"{engine.config.max_length}; lower it, or leave out {task}")
         english = item.english if engine.connection == "english" else None
         fitting = item._replace(prompt=shorten(item.prompt, tokenizer, room),
                                 english=english and shorten(english, tokenizer, room))
-        shortened += (fitting.prompt, fitting.english) != (item.prompt, english)
+        shortened.append((fitting.prompt, fitting.english) != (item.prompt, english))
         prompts.append(engine.encode(fitting, number))
+        prompts[-1].forms = forms
     return prompts, shortened
 
 
-def answer(engine, args, prompts, dist, title):
+def answer(engine, args, prompts, max_new_tokens, dist, title):
     """The Answers to a task's prompts, each process giving some; the same list on all."""
     with tqdm(total=math.ceil(len(prompts) / dist.world_size), desc=title, leave=False,
               disable=dist.rank > 0 or None) as progress:
-        answers = engine.answer_all(prompts, args.batch_size, args.max_new_tokens, progress=progress,
+        answers = engine.answer_all(prompts, args.batch_size, max_new_tokens, progress=progress,
                                     rank=dist.rank, world_size=dist.world_size)
     return [next(answer for answer in given if answer) for given in zip(*dist.gather(answers), strict=True)]
+
+
+def model_digest(folder):
+    """A hash of a checkpoint folder: small files by content, weight files by name, size and time."""
+    small = [Path(folder) / name for name in ("config.json", *TOKENIZER_FILES, CCTUNING_FILE)]
+    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weight_files(folder))]
+    return digest(([(path.name, path.read_bytes()) for path in small if path.exists()], weights))
+
+
+def give_answers(engine, model, path, task, items, args, dist):
+    """The answers to a task in one language, from the file at `path` if the same ones are there: its rows.
+
+    model: the digest of its folder.
+    """
+    max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS.get(task, OTHER_NEW_TOKENS)
+    prompts, shortened = encode(engine, task, items, max_new_tokens)
+    asked = [(item.prompt, prompt.ids, prompt.english_ids) for item, prompt in zip(items, prompts, strict=True)]
+    wanted = digest((model, engine.connection, engine.dtype, max_new_tokens, asked))
+    if not args.again and (rows := dist.on_rank0(read_answers, path, len(items), wanted)):
+        return rows
+    rows = []
+    for n, given in enumerate(answer(engine, args, prompts, max_new_tokens, dist, f"{task} {path.stem}")):
+        rows.append({"digest": wanted, "item": n, "answer": engine.tokenizer.decode(given.ids),
+                     "tokens": len(given.ids), "truncated": len(given.ids) >= max_new_tokens,
+                     "shortened": shortened[n], "layer": given.layer, "layers": engine.config.num_hidden_layers})
+        if given.likelihood:
+            rows[-1]["likelihood"] = {option: round(value, 4) for option, value in given.likelihood.items()}
+    return rows
+
+
+def read_answers(path, count, wanted=None):
+    """The `count` rows of a file of answers; None if there are more or fewer, or their digest is not the wanted one."""
+    rows = [row for _, row in read_json_lines(path)] if path.exists() else []
+    return rows if len(rows) == count and all(wanted in (None, row.get("digest")) for row in rows) else None
 
 
 # ----------------------------------------------------------------------------------------------- scoring
 
 UNSPACED = "".join("{}-{}".format(*(chr(int(end, 16)) for end in block.split("-")))
                    for block in LANGUAGE_TABLES["unspaced_scripts"]["ranges"])
-# What may stand before an option at the start of an answer, and after it.
-OPENING = r"[\s(\[{<\"'*_`«“‘„「『（【]*"
-CLOSING = r"[\s\"'*_`»”’」』]*(?:[.):,\]}>।。、：】](?!\d)|$)"
+POINT, MINUS = "\ue000", "\ue001"  # a number's point and sign, while punctuation is stripped
 
 
 def normalize_text(text):
@@ -184,16 +251,107 @@ def answer_tokens(text, lang):
     return [token for token in segment(text) if token not in articles]
 
 
+def plain_numbers(text, lang):
+    """The text with each number as sign, digits and decimal point: no thousands marks, no ".0" at the end."""
+    thousands, point = (".", ",") if lang in LANGUAGE_TABLES["decimal_comma"]["languages"].split() else (",", ".")
+
+    def plain(match):
+        sign, number = MINUS * bool(match[1]), match[2]
+        if re.fullmatch(rf"[1-9]\d{{0,2}}(\{thousands}\d{{3}})+(\{point}\d+)?|[1-9]\d{{0,2}}( \d{{3}})+", number):
+            number = number.replace(thousands, "").replace(" ", "")
+        whole, _, decimals = number.replace(point, ".").partition(".")
+        if not (whole + decimals).isdecimal():
+            return sign + number
+        return sign + whole + (POINT + decimals if decimals.strip("0") else "")
+
+    spaced = r"(?<!\d)[1-9]\d{0,2}(?: \d{3})+(?!\d)|" if point == "," else ""
+    return re.sub(rf"((?<!\S)[-−])?({spaced}\d+(?:[.,]\d+)*)", plain, normalize_text(text))
+
+
+def iso_dates(text, lang):
+    """The text with dates as the language writes them in ISO form: 2019-06-30, or 2019-06 without a day."""
+    tables = LANGUAGE_TABLES["months"]
+    names = [month.strip().casefold().split("|") for month in tables.get(lang, "").split(",")]
+    numbers = {name: n for n, month in enumerate(names, 1) for name in month if name}
+    month = "|".join(sorted(map(re.escape, numbers), key=len, reverse=True)) or "(?!)"
+    day, year = r"\b(?P<d>\d{1,2})(?:st|nd|rd|th|º|\.)?", r"(?P<y>\d{4})(?!\d)"
+    link = r"[\s,]*(?:(?:de|do|of|the|ngày|năm)\b)?[\s,]*"
+    patterns = [rf"(?:{day}{link})?\b(?P<m>{month})\b{link}{year}", rf"\b(?P<m>{month})\s+{day}{link}{year}",
+                r"(?P<y>\d{4})\s*[年년]\s*(?P<m>\d{1,2})\s*[月월](?:\s*(?P<d>\d{1,2})\s*[日日号號일])?"]
+    if lang in LANGUAGE_TABLES["day_first"]["languages"].split():
+        patterns.append(r"\b(?P<d>\d{1,2})([./])\s?(?P<m>\d{1,2})\2\s?(?P<y>\d{4})(?!\d)")
+
+    def iso(match):
+        found = match.groupdict()
+        number, day = numbers.get(found["m"]) or int(found["m"]), found["d"]
+        if number > 12 or day and not 0 < int(day) < 32:
+            return match[0]
+        return f"{found['y']}-{number:02}" + (f"-{int(day):02}" if day else "")
+
+    text = normalize_text(text).casefold()
+    for pattern in patterns:
+        text = re.sub(pattern, iso, text)
+    return text
+
+
+def is_date(gold):
+    return bool(re.fullmatch(r"\d{4}-\d\d(-\d\d)?", gold))
+
+
+def unreachable(golds, lang):
+    """Are all golds dates, yes or no in a language whose words for them are not in data/languages.json?"""
+    return all(is_date(g) and lang not in LANGUAGE_TABLES["months"]
+               or g.casefold() in ("yes", "no") and lang not in LANGUAGE_TABLES["yes_no"] for g in golds)
+
+
+def same_words(found, gold, lang):
+    """Are the tokens those of the gold, but for particles attached to the first (ar) or last (ko, tr, ru)?"""
+    particles, last = LANGUAGE_TABLES["particles"].get(lang, ""), gold[-1]
+    if found == gold:
+        return True
+    if not particles or any(c.isdecimal() for c in last) or found[1:-1] != gold[1:-1]:
+        return False
+    if lang == "ar":
+        first, rest = gold[0], found[0][1:]
+        if found[1:] != gold[1:] or len(first) < 3 or found[0][0] not in particles.split():
+            return False
+        return first in (rest, rest.removeprefix("ال"), rest.removeprefix("ل"))
+    tails = particles if lang == "ru" else "|".join(particles.split())
+    shortest = 3 if lang == "ru" else 2
+    return (found[:-1] == gold[:-1] and len(last) >= shortest and found[-1].startswith(last)
+            and bool(re.fullmatch(tails, found[-1][len(last):])))
+
+
+def is_contained(answer, gold, lang):
+    """Do the gold's words stand in the answer, side by side? Apostrophes may separate a word's endings."""
+    for split in (str, lambda text: re.sub("['’ʼ`]", " ", text)):
+        found, words = answer_tokens(split(answer), lang), answer_tokens(split(gold), lang)
+        if words and any(same_words(found[i:i + len(words)], words, lang)
+                         for i in range(len(found) - len(words) + 1)):
+            return True
+    return False
+
+
 def open_scores(answer, golds, lang):
-    """{metric: 0 to 1, the best over the gold answers}: contained, exact match and token F1."""
-    found, best = answer_tokens(answer, lang), {"contained": 0.0, "exact": 0.0, "f1": 0.0}
+    """{metric: 0 to 1, the best over the gold answers}: contained, exact match and token F1.
+
+    F1 is the official one of SQuAD and MLQA. The other two also know numbers in other spellings, MKQA's ISO
+    dates as they are written in its languages, and its "yes" and "no"; contained knows attached particles.
+    """
+    official, best = answer_tokens(answer, lang), {"contained": 0.0, "exact": 0.0, "f1": 0.0}
     for gold in golds:
-        gold = answer_tokens(re.sub(r"^(\d+)\.0$", r"\1", gold), lang)  # MKQA writes whole numbers as 3.0
-        common = sum((Counter(found) & Counter(gold)).values())
-        starts = range(len(found) - len(gold) + 1)
-        contained = bool(gold) and any(found[i:i + len(gold)] == gold for i in starts)
-        f1 = 2 * common / (len(found) + len(gold)) if common else float(found == gold)
-        for metric, value in (("contained", contained), ("exact", found == gold), ("f1", f1)):
+        shown = re.sub(r"^(\d+)\.0$", r"\1", gold)  # MKQA writes whole numbers as 3.0
+        words = answer_tokens(shown, lang)
+        common = sum((Counter(official) & Counter(words)).values())
+        f1 = 2 * common / (len(official) + len(words)) if common else float(official == words)
+        given = plain_numbers(iso_dates(answer, lang) if is_date(gold) else answer, lang)
+        wanted = plain_numbers(gold, lang)
+        exact = answer_tokens(given, lang) == answer_tokens(wanted, lang)
+        contained = is_contained(given, wanted, lang)
+        for word in LANGUAGE_TABLES["yes_no"].get(lang, {}).get(gold.casefold(), "").split():
+            start = re.match(rf"\W*{word}(?:\b|(?<=[{UNSPACED}]))", normalize_text(answer).lower())
+            contained, exact = contained or bool(start), exact or official == answer_tokens(word, lang)
+        for metric, value in (("contained", contained), ("exact", exact), ("f1", f1)):
             best[metric] = max(best[metric], float(value))
     return best
 
@@ -216,70 +374,148 @@ def rouge_l(answer, gold):
     return 2 * lengths[-1] / (len(a) + len(b)) if lengths[-1] else 0.0
 
 
+# ------------------------------------------------------------------------------- which option is named
+
+CHOICE = LANGUAGE_TABLES["choices"]
+LATIN = "A-Za-zÀ-ÖØ-öø-ɏ\u0300-\u036fḀ-ỿ"
+# What may stand before an option at the start of an answer, and after one that is set off.
+OPENING = r"[\s(\[{<\"'*_`«“‘„「『（【]*"
+CLOSING = r"[ \t\"'*_`»”’」』]*(?:[.):,\]}>।。、：】](?!\d)|\n|$)"
+CUE = "|".join(map(re.escape, CHOICE["answer"]))
+OR = rf"[\W_]*(?:{'|'.join(sorted(map(re.escape, CHOICE['or']), key=len, reverse=True))})[\W_]*"
+NOT = rf"(?:^|\W)(?:{'|'.join(map(re.escape, CHOICE['not']))})\s+(?:\w+\s+)?[^\w\s]*$"
+ELISION = rf"['’](?!(?:{'|'.join(LANGUAGE_TABLES['particles']['tr'].split())})(?!\w))"  # C'est, and not C'dir
+LETTERS = {local: letter for letter, others in CHOICE["letters"].items() for local in others.split()}
+
+
 def option_texts(prompt, options):
     """{option: its text} from a prompt's lines "(1) text"; the last of each, as questions may have such too."""
     lines = re.findall(rf"^\(([{options}])\)[ \t]*(.+)$", prompt, re.MULTILINE)
     return {option: text.strip() for option, text in lines}
 
 
-def choice(answer, options, texts):
-    """The option that an answer names; None if it names none or several. texts: {option: its text}.
+def bare(text):
+    """A text for comparison: one line, no case, no full stop at the end."""
+    return " ".join(normalize_text(text).casefold().split()).strip(" .।。۔")
 
-    In turn: the option whose text is the whole answer; an option set off at the start ("1", "(B)", "2. since"),
-    unless another option's text follows; the only option that stands alone; the only one whose text is repeated.
-    Digits of every script and full-width letters count as their ASCII forms.
-    """
-    def bare(text):
-        return normalize_text(text).strip(" \n.।。۔").casefold()
 
-    whole = [option for option, text in texts.items() if bare(text) == bare(answer)]
-    if len(whole) == 1 and bare(answer) not in options.casefold():
-        return whole[0]
-    answer, letters = normalize_text(answer).strip(), not options[0].isdigit()
-    given = options + options.lower() if letters else options
-    alone = r"(?<![\dA-Za-z.,])[%s](?![\dA-Za-z]|[.,]\d)"  # not part of a number or a Latin word
-    bracketed = {found.upper() for found in re.findall(rf"(?<![\dA-Za-z])([{given}])\)", answer)}
-    pairs = re.findall(rf"({alone % given})\W+(?:[^\W\d_]+\W+)?({alone % given})", answer)
-    if len(bracketed) > 1 or any(a.upper() != b.upper() for a, b in pairs):  # "(1) (2)", "1 or 2"
+def find_marks(answer, options, texts):
+    """The options that stand alone in an answer, in order, as matches; [1] is the option's number or letter."""
+    if options[0].isdigit():
+        return list(re.finditer(rf"(?<![\d{LATIN}.,])([{options}])(?![\d{LATIN}]|[.,]\d)", answer))
+    marks = []
+    for m in re.finditer(rf"(?<![\d{LATIN}])([{options}{options.lower()}])(?![\d{LATIN}]|{ELISION})", answer):
+        before, after = answer[:m.start()], answer[m.end():]
+        if m[1].islower():  # an option in brackets, at the start or after "Answer:", "the answer is"
+            led = re.search(rf"(?:^|:|(?:{CUE})\w*\s+\w+){OPENING}$", before, re.IGNORECASE)
+            if not (led and re.match(CLOSING, after) or after.startswith(")")):
+                continue
+        elif m[1] == "A" and (word := re.match(rf"[ \t]+([{LATIN}]+)", after)):  # before a Latin word: an article?
+            starts = re.search(rf"(?:^|[.!?:;\n。।]){OPENING}$", before)
+            joined = re.match(rf"{OR}[{options}](?![{LATIN}])", after)
+            if (starts and not joined and word[1].casefold() not in CHOICE["after_a"]["words"].split()
+                    and not ("A" in texts and bare(after).startswith(bare(texts["A"])))):
+                continue
+        marks.append(m)
+    return marks
+
+
+def text_after(mark, answer, forms):
+    """The option whose text follows a mark: the longest that does, also cut short, else one much like what follows."""
+    rest, found = bare(re.sub(r"^(?:[^\w\s\-−]|[-−–](?=\s)|\s)+", "", answer[mark.end():])), {}
+    for option, texts in forms.items():
+        for text in texts:
+            if re.match(re.escape(text) + (r"(?!\w)" if segment(text)[-1:] != [text[-1:]] else ""), rest):
+                found[option] = max(found.get(option, 0), len(text))
+            elif len(rest) >= 8 and text.startswith(rest):
+                found[option] = len(rest)
+    found = found or {option: 1 for option, texts in forms.items() if any(rouge_l(rest, text) > 0.75 for text in texts)}
+    longest = max(found.values(), default=0)
+    return mark[1].upper() if found.get(mark[1].upper()) == longest else max(found, key=found.get, default=None)
+
+
+def confirmed(mark, marks, answer, forms):
+    """The option of a mark; None if another is named with it ("A or B", a list) or another's text follows."""
+    if text_after(mark, answer, forms) not in (mark[1].upper(), None) or re.search(r"\w.*\n\($", answer[mark.end():]):
         return None
-    if match := re.match(f"{OPENING}([{given}]){CLOSING}", answer):
-        named, rest = match.group(1).upper(), summary_tokens(answer[match.end():].strip().split("\n")[0])
-        tokens = {option: summary_tokens(text) for option, text in texts.items()}
-        follow = [option for option, words in tokens.items() if words and rest[:len(words)] == words]
-        return named if not follow or max(follow, key=lambda option: len(texts[option])) == named else None
-    named = bracketed or set(re.findall(alone % options, answer))
-    article = not re.search(r"(?<![A-Za-z])A(?![A-Za-z]|[ \t]+[A-Za-zÀ-ɏḀ-ỿ])", answer)  # before Latin words only
-    if letters and article and "A" not in bracketed:
-        named -= {"A"}
-    if named:
-        return named.pop() if len(named) == 1 else None
-    words = f" {' '.join(summary_tokens(answer))} "
-    repeated = [option for option, text in texts.items()
-                if (t := " ".join(summary_tokens(text))) and f" {t} " in words]
-    longest = [o for o in repeated if not any(o != other and texts[o] in texts[other] for other in repeated)]
+    other = next((m for m in marks if m.start() > mark.start() and m[1].upper() != mark[1].upper()), None)
+    if other is None:
+        return mark[1].upper()
+    between, set_off = answer[mark.end():other.start()], re.match(CLOSING, answer[other.end():])
+    for text in forms.get(mark[1].upper(), ()):
+        between = re.sub(re.escape(text), "", between, flags=re.IGNORECASE)
+    in_list = set_off and re.search(rf"\w.*\n{OPENING}$", answer[mark.end():other.start()])  # (A) text, then (B)
+    side_by_side = re.fullmatch(r"[^\w\n]*" if not set_off else r"[\W_]*", between)
+    return None if in_list or side_by_side or re.fullmatch(OR, between, re.IGNORECASE) else mark[1].upper()
+
+
+def find_text(answer, forms, tail=0):
+    """The only option whose text stands in an answer; its last word may have `tail` more letters.
+
+    Texts of fewer than four letters or digits, all Latin, are not looked for.
+    """
+    words, found = f" {' '.join(summary_tokens(answer))} ", {}
+    for option, texts in forms.items():
+        for text in texts:
+            key = " ".join(summary_tokens(text))
+            if len(key.replace(" ", "")) < 4 and key.isascii() or not key:
+                continue
+            match = re.search(rf" {re.escape(key)}\w{{0,{tail}}} ", words)
+            if match and not re.search(NOT, words[:match.start() + 1]):
+                found[option] = max(found.get(option, ""), key, key=len)
+    longest = [o for o, key in found.items() if not any(o != p and key in other for p, other in found.items())]
     return longest[0] if len(longest) == 1 else None
 
 
-def score_answer(task, lang, item, text):
-    """({metric: 0 to 1}, the option that the answer names or None)."""
+def choice(answer, options, texts):
+    """The option that an answer names; None if it names none or several. texts: {option: its text}.
+
+    In turn: the option whose text is the whole answer; what follows the last "answer is", in any language;
+    an option set off at the start ("1", "(B)", "2. since"); the only option that stands alone; the only one
+    whose text stands in the answer. Digits of every script, full-width letters and the option letters of
+    Arabic, Bengali and Hindi count as their ASCII forms.
+    """
+    forms = {option: [bare(text)] for option, text in texts.items() if bare(text)}
+    words = {"123": CHOICE["entailment"], "12": CHOICE["first_or_second"]}.get(options, {})
+    known = {option: [*forms.get(option, ()), *words.get(option, ())] for option in options}
+    whole = [option for option, spellings in known.items() if bare(answer) in spellings]
+    if len(whole) == 1 and bare(answer) not in options.casefold():
+        return whole[0]
+    answer = normalize_text(answer).strip()
+    if not options[0].isdigit():
+        answer = re.sub(r"[\u0620-\u065f\u0900-\u0963\u0980-\u09e3]+", lambda m: LETTERS.get(m[0], m[0]), answer)
+    marks = find_marks(answer, options, texts)
+    kept = [mark for mark in marks if not re.search(NOT, answer[:mark.start()], re.IGNORECASE)]
+    for cue in reversed(list(re.finditer(CUE, answer, re.IGNORECASE))):
+        clause = re.match(r"[\W_]*.*?(?=[.!?。।]\s|\n|$)", answer[cue.end():])
+        end = cue.end() + clause.end()
+        if mark := next((m for m in kept if cue.end() <= m.start() < end), None):
+            return confirmed(mark, marks, answer, known)
+        said = {o: text for o, (text,) in forms.items() if re.search(rf"(?<!\S){re.escape(text)}$", bare(clause[0]))}
+        if named := find_text(clause[0], forms) or max(said, key=lambda o: len(said[o]), default=None):
+            return named
+    if marks and re.fullmatch(OPENING, answer[:marks[0].start()]) and re.match(CLOSING, answer[marks[0].end():]):
+        return confirmed(marks[0], marks, answer, known)
+    if marks:
+        only = kept and len({mark[1].upper() for mark in marks}) == 1
+        return confirmed(kept[0], marks, answer, known) if only else None
+    return find_text(answer, forms) or find_text(answer, known, tail=3)
+
+
+def score_row(task, lang, item, row):
+    """A row of OUT/answers with the option that its answer names, the golds and its scores, 0 to 1."""
+    text, named = row["answer"], None
     if task in OPTIONS:
         named = choice(text, OPTIONS[task], option_texts(item.prompt, OPTIONS[task]))
-        return {"accuracy": float(named in item.answer)}, named
-    if task == "XLSum":
-        return {"rouge_l": max(rouge_l(text, gold) for gold in item.answer)}, None
-    scores = open_scores(text, item.answer, lang)
-    return {metric: scores[metric] for metric in METRICS.get(task, DEFAULT_METRICS)}, None
-
-
-def score_answers(engine, task, lang, items, answers):
-    """The scored answers to a task in one language, as they are written to OUT/answers."""
-    rows = []
-    for item, answer in zip(items, answers, strict=True):
-        text = engine.tokenizer.decode(answer.ids)
-        scores, named = score_answer(task, lang, item, text)
-        rows.append({"instruction": item.prompt, "answer": text, "choice": named, "gold": item.answer,
-                     "scores": scores, "layer": answer.layer})
-    return rows
+        best = [o for o, value in row["likelihood"].items() if value == max(row["likelihood"].values())]
+        scores = {"accuracy": float(named in item.answer),
+                  "likelihood": sum(option in item.answer for option in best) / len(best)}  # ties share
+    elif task == "XLSum":
+        scores = {"rouge_l": max(rouge_l(text, gold) for gold in item.answer)}
+    else:
+        scores = open_scores(text, item.answer, lang)
+        scores = {metric: scores[metric] for metric in METRICS.get(task, DEFAULT_METRICS)}
+    return {**row, "choice": named, "gold": item.answer, "scores": scores}
 
 
 # -------------------------------------------------------------------------------------------- statistics
@@ -293,44 +529,77 @@ class BootstrapScore:
         seed: one per task, for all its languages: they are translations of one another, so that independent
         draws would make the interval of their mean too narrow.
         """
-        values, count = np.array(values), len(values)
-        differences = values - np.array(first)
+        self.wilson, count = wilson(values) if {*values} <= {0, 1} else None, len(values)
+        values, differences = np.array(values), np.array(values) - np.array(first)
         self.score, self.difference = values.mean(), differences.mean()
         rng = np.random.default_rng(seed)  # in portions, for tasks with many items
-        draws = (rng.integers(count, size=(100, count)) for _ in range(RESAMPLES // 100))
-        self.resampled = np.concatenate([values[portion].mean(1) for portion in draws])
+        draws = [rng.integers(count, size=(100, count)) for _ in range(RESAMPLES // 100)]
+        self.resampled, self.resampled_difference = (
+            np.concatenate([found[portion].mean(1) for portion in draws]) for found in (values, differences))
         signs = (rng.choice(np.array((-1, 1), "int8"), size=(100, count)) for _ in range(PERMUTATIONS // 100))
         self.flipped = np.concatenate([portion @ differences / count for portion in signs])
 
     @classmethod
     def mean(cls, scores):
+        """The mean of scores; None if one is missing."""
+        if None in scores:
+            return None
         mean = cls.__new__(cls)
-        for name in ("score", "difference", "resampled", "flipped"):
+        mean.wilson = None
+        for name in ("score", "difference", "resampled", "resampled_difference", "flipped"):
             setattr(mean, name, np.mean([getattr(score, name) for score in scores], axis=0))
         return mean
 
     def summary(self):
-        """Score, 95 % interval, difference to the first column and its two-sided p-value."""
-        low, high = np.percentile(self.resampled, (2.5, 97.5))
+        """Score, 95 % interval, difference to the first column with its interval and two-sided p-value."""
+        interval, of_difference = (np.percentile(found, (2.5, 97.5)).tolist()
+                                   for found in (self.resampled, self.resampled_difference))
         p = (1 + (abs(self.flipped) >= abs(self.difference) - 1e-12).sum()) / (1 + PERMUTATIONS)
-        return {"score": float(self.score), "interval": [float(low), float(high)],
-                "difference": float(self.difference), "p": float(p)}
+        return {"score": float(self.score), "interval": self.wilson or interval, "difference": float(self.difference),
+                "difference_interval": of_difference, "p": float(p)}
+
+
+def wilson(values):
+    """The 95 % interval of a share, from values of 0 and 1 (Wilson 1927): not empty at 0 and at 1."""
+    n, p, z = len(values), sum(values) / len(values), 1.96
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))]
+
+
+def holm(rows):
+    """Add "p_holm" to the comparisons in the mean rows of all tasks together: p-values corrected for their number."""
+    cells = [cell for task, lang, cells in rows if lang.startswith("mean") and task != "all"
+             for cell in cells[1:] if cell]
+    largest = 0.0
+    for rank, cell in enumerate(sorted(cells, key=lambda cell: cell["p"])):
+        largest = cell["p_holm"] = max(largest, min(1.0, (len(cells) - rank) * cell["p"]))
+    return rows
+
+
+bootstrap_score = lru_cache(maxsize=None)(BootstrapScore)  # the tables are made anew after each cell
 
 
 def compare(columns):
-    """{(task, lang): a BootstrapScore per column} from each column's {(task, lang): scored answers}."""
-    scores, tasks = {}, list(dict.fromkeys(task for task, _ in columns[0]))
+    """{(task, lang): a BootstrapScore per column} from each column's {(task, lang): scored answers}.
+
+    None where a column has no answers yet. Likelihood counts as a task of its own.
+    """
+    scores = {}
     for task, lang in columns[0]:
-        metric = METRICS.get(task, DEFAULT_METRICS)[0]
-        values = [[row["scores"][metric] for row in column[task, lang]] for column in columns]
-        scores[task, lang] = [BootstrapScore(column, values[0], tasks.index(task)) for column in values]
-    return scores
+        found = [column.get((task, lang)) for column in columns]
+        for metric in (METRICS.get(task, DEFAULT_METRICS)[0], "likelihood"):
+            if all(rows is None or metric in rows[0]["scores"] for rows in found):
+                values = [rows and tuple(row["scores"][metric] for row in rows) for rows in found]
+                scores[task + LIKELIHOOD * (metric == "likelihood"), lang] = [
+                    v and bootstrap_score(v, values[0], zlib.crc32(task.encode())) for v in values]
+    return dict(sorted(scores.items(), key=lambda score: LIKELIHOOD in score[0][0]))  # tasks first
 
 
 def averages(scores):
     """[(task, language, summary per column)] from {(task, lang): a BootstrapScore per column}.
 
-    After a task's languages come "mean" and, if it has English, "mean without en"; after the tasks those of "all".
+    After a task's languages come "mean" and, if it has English, "mean without en"; after the tasks those of
+    "all", from which likelihood is left out.
     """
     def mean(group):
         return [BootstrapScore.mean(column) for column in zip(*group, strict=True)]
@@ -342,13 +611,15 @@ def averages(scores):
         found[task, "mean"] = mean(langs.values())
         if others := [columns for lang, columns in langs.items() if lang != "en"]:
             found[task, "mean without en"] = mean(others)
-    if len({task for task, _ in scores}) > 1:
+    tasks = {task for task, _ in scores if LIKELIHOOD not in task}
+    if len(tasks) > 1:
         for lang in dict.fromkeys(lang for _, lang in found):
-            group = [columns for (_, found_lang), columns in found.items() if found_lang == lang]
+            group = [columns for (task, found_lang), columns in found.items() if found_lang == lang and task in tasks]
             if len(group) > 1:
                 found["all", lang] = mean(group)
-    return [(task, lang, [score.summary() for score in columns]) for (task, lang), columns in found.items()
-            if lang != "mean without en" or (english if task == "all" else task in english)]
+    return holm([(task, lang, [score and score.summary() for score in columns])
+                 for (task, lang), columns in found.items()
+                 if lang != "mean without en" or (english if task == "all" else task in english)])
 
 
 # ----------------------------------------------------------------------------------------------- results
@@ -357,26 +628,48 @@ def table(rows, columns):
     """Markdown: scores in per cent with their intervals per task and language; then the comparisons."""
     lines = ["| task | language | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for task, lang, cells in rows:
-        numbers = ([100 * x for x in (cell["score"], *cell["interval"])] for cell in cells)
-        lines.append(f"| {task} | {lang} | " + " | ".join("{:.1f} ({:.1f}-{:.1f})".format(*n) for n in numbers) + " |")
+        shown = ["{:.1f} ({:.1f}-{:.1f})".format(*(100 * x for x in (cell["score"], *cell["interval"]))) if cell else ""
+                 for cell in cells]
+        lines.append(f"| {task} | {lang} | " + " | ".join(shown) + " |")
     if len(columns) > 1:
-        lines += ["", f"| task | language | against {columns[0]} | difference | p |", "|---|---|---|---|---|"]
-        lines += [f"| {task} | {lang} | {column} | {100 * cell['difference']:+.1f} | {cell['p']:.4f} |"
-                  for task, lang, cells in rows if lang.startswith("mean")
-                  for column, cell in list(zip(columns, cells, strict=True))[1:]]
+        lines += ["", f"| task | language | against {columns[0]} | difference | 95 % interval | p | p (Holm) |",
+                  "|---|---|---|---|---|---|---|"]
+    for task, lang, cells in rows:
+        for column, cell in list(zip(columns, cells, strict=True))[1:] if lang.startswith("mean") else ():
+            if cell:
+                difference, low, high = (100 * x for x in (cell["difference"], *cell["difference_interval"]))
+                corrected = f"{cell['p_holm']:.4f}" if "p_holm" in cell else ""
+                lines.append(f"| {task} | {lang} | {column} | {difference:+.1f} | {low:+.1f} to {high:+.1f} | "
+                             f"{cell['p']:.4f} | {corrected} |")
     return "\n".join(lines)
 
 
-def secondary_table(results, columns):
-    """Markdown lines: the mean over languages of the further metrics; empty if no task has any."""
-    lines = []
-    for task in dict.fromkeys(r["task"] for r in results):
-        for metric in METRICS.get(task, DEFAULT_METRICS)[1:]:
-            scores = [[r["scores"][metric] for r in results if (r["task"], r["column"]) == (task, column)]
-                      for column in columns]
-            lines.append(f"| {task} | {metric} | " + " | ".join(f"{100 * np.mean(s):.1f}" for s in scores) + " |")
-    head = ["", "| task | mean of | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
-    return head + lines if lines else []
+def details(cell):
+    """{what: per cent} of a cell: its further metrics, and what explains its score."""
+    shares = {metric: cell["scores"][metric] for metric in METRICS.get(cell["task"], DEFAULT_METRICS)[1:]}
+    if cell["task"] in OPTIONS:
+        shares |= {what: cell[what] for what in ("chance", "majority")}
+        shares |= {f"{what} {option}": count / cell["items"] for what in ("picked", "likeliest")
+                   for option, count in cell[what].items()}
+        shares["unparsed"] = cell["unparsed"] / cell["items"]
+    shares["truncated"] = cell["truncated"] / cell["items"]
+    return {what: 100 * share for what, share in shares.items()}
+
+
+def secondary_table(cells, seconds, columns):
+    """Markdown: the details' means over languages, and items and seconds of each task."""
+    lines = ["", "| task | mean of | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        of = [[cell for cell in cells if (cell["task"], cell["column"]) == (task, column)] for column in columns]
+        rows = {what: [np.mean([details(cell)[what] for cell in found]) if found else math.nan for found in of]
+                for what in details(of[0][0])}
+        rows["items"] = [sum(cell["items"] for cell in found) for found in of]
+        rows["seconds"] = [sum(s for task_of, name, s in seconds if (task_of, name) == (task, column))
+                           for column in columns]
+        for what, row in rows.items():
+            shown = [f"{number:.{0 if what == 'items' else 1}f}" for number in row]
+            lines.append(f"| {task} | {what} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 def load_plot():
@@ -389,88 +682,151 @@ def load_plot():
     return plot
 
 
-# -------------------------------------------------------------------------------------------------- main
-
 class Results:
     """What is measured: columns (a model with one connection), their scored answers, a result per cell."""
 
-    def __init__(self):
+    def __init__(self, args):
         self.columns, self.answers, self.cells = [], [], []  # answers: {(task, lang): rows} of each column
+        self.seconds = []  # (task, column, seconds) of each cell
+        code = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"],
+                              capture_output=True, text=True, check=False)
+        self.about = {"arguments": vars(args), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+                      "commit": code.stdout.strip() or None, "python": platform.python_version(),
+                      "torch": torch.__version__, "numpy": np.__version__, "models": {}}
 
-    def report(self, args, out):
-        """Write results.json, results.md and the pictures. Returns the tables."""
+    def add(self, column, task, lang, rows, seconds, **about):
+        """Take over a column's scored answers to a task in one language. about: model and connection."""
+        if column not in self.columns:
+            self.columns.append(column)
+            self.answers.append({})
+        self.answers[-1][task, lang] = rows
+        self.seconds.append((task, column, seconds))
+        options = OPTIONS.get(task, "")
+        golds = [sum(option in row["gold"] for row in rows) / len(rows) for option in options]
+        self.cells.append({
+            "column": column, **about, "task": task, "lang": lang, "items": len(rows),
+            "scores": {metric: sum(row["scores"][metric] for row in rows) / len(rows) for metric in rows[0]["scores"]},
+            "chance": sum(golds) / len(golds) if golds else None, "majority": max(golds, default=None),
+            "picked": {option: sum(row["choice"] == option for row in rows) for option in options},
+            "likeliest": {option: sum(row["likelihood"][option] == max(row["likelihood"].values()) for row in rows)
+                          for option in options},
+            "unparsed": sum(row["choice"] is None for row in rows) if options else 0,
+            "truncated": sum(row["truncated"] for row in rows), "shortened": sum(row["shortened"] for row in rows),
+            "unreachable": sum(unreachable(row["gold"], lang) for row in rows)})
+
+    def write(self, out, plots=None):
+        """Write results.json, results.md and, where `plots` names a folder, the pictures. Returns the tables."""
         rows = averages(compare(self.answers))
-        markdown = "\n".join([table(rows, self.columns), *secondary_table(self.cells, self.columns)])
+        markdown = "\n".join([table(rows, self.columns), secondary_table(self.cells, self.seconds, self.columns)])
         summaries = [{"task": task, "lang": lang, "column": column, **cell} for task, lang, cells in rows
-                     for column, cell in zip(self.columns, cells, strict=True)]
-        everything = {"arguments": vars(args), "results": self.cells, "summaries": summaries}
+                     for column, cell in zip(self.columns, cells, strict=True) if cell]
+        everything = {**self.about, "results": self.cells, "summaries": summaries, "seconds": self.seconds}
         write_text(out / "results.json", json.dumps(everything, indent=1))
         write_text(out / "results.md", markdown + "\n")
-        if args.plot:
-            plot = load_plot()
-            Path(args.plot).mkdir(parents=True, exist_ok=True)
-            plot.draw_scores(args.plot, rows, self.columns)
-            layers = [{f"{task} {lang}": [row["layer"] for row in found] for (task, lang), found in column.items()}
-                      for column in self.answers]
-            layers = {name: chosen for name, chosen in zip(self.columns, layers, strict=True)
-                      if None not in next(iter(chosen.values()))}
-            if layers:
-                plot.draw_layers(args.plot, layers)
+        if plots:
+            load_plot().draw(Path(plots), rows, self)
         return markdown
 
+    def notices(self):
+        """What a reader of the tables must know, line by line."""
+        for what, meaning in (("unparsed", "answers named no option, or several, and count as wrong"),
+                              ("truncated", "answers were cut at --max_new_tokens"),
+                              ("shortened", "prompts were shortened to fit"),
+                              ("unreachable", "golds are dates, yes or no in a language without a table of these")):
+            for column in self.columns:
+                if count := sum(cell[what] for cell in self.cells if cell["column"] == column):
+                    yield f"{column}: {count} {meaning}"
+        for task in dict.fromkeys(cell["task"] for cell in self.cells):
+            if len({cell["items"] for cell in self.cells if cell["task"] == task}) > 1:
+                yield (f"{task}: languages differ in their number of items; the intervals of its means take items of "
+                       "the same number for translations of one another")
+        yield "intervals and p-values are over items: another seed of the training is not in them"
+        if any(cell["task"] in OPTIONS for cell in self.cells):
+            yield "untuned models prefer some options whatever is asked: see the shares of picked options"
 
-def evaluate(engine, name, folder, todo, args, dist, results):
-    """Answer and score all tasks with one model and connection: a column of the results."""
-    encoded = [encode(engine, args, items) for _, _, items in todo]
-    results.columns.append(name)
-    results.answers.append({})
-    for (task, lang, items), (prompts, shortened) in zip(todo, encoded, strict=True):
-        answers = answer(engine, args, prompts, dist, f"{task} {lang}")
-        rows = results.answers[-1][task, lang] = score_answers(engine, task, lang, items, answers)
-        scores = {metric: sum(row["scores"][metric] for row in rows) / len(rows) for metric in rows[0]["scores"]}
-        unparsed = sum(row["choice"] is None for row in rows) if task in OPTIONS else 0
-        results.cells.append({"column": name, "model": engine.folder, "connection": engine.connection, "task": task,
-                              "lang": lang, "items": len(rows), "scores": scores, "unparsed": unparsed,
-                              "shortened": shortened})
-        if dist.rank == 0:
-            write_json_lines(folder / task / f"{lang}.jsonl", rows)
-    for what, meaning in (("unparsed", "answers named no option, or several, and count as wrong"),
-                          ("shortened", "prompts were shortened to fit")):
-        if count := sum(cell[what] for cell in results.cells if cell["column"] == name):
-            dist.print0(f"{name}: {count} {meaning}")
+
+# -------------------------------------------------------------------------------------------------- main
+
+def evaluate(engine, column, folder, todo, args, dist, results, **about):
+    """Answer (without an engine: read the answers to) and score all tasks for a column of the results."""
+    of_model = engine and model_digest(engine.folder)
+    for task, lang, items in todo:
+        start, path = time.time(), folder / task / f"{lang}.jsonl"
+        rows = give_answers(engine, of_model, path, task, items, args, dist) if engine else read_answers(path, len(items))
+        if rows is None:
+            raise UserError(f"{path}: has not {len(items)} answers, one to each item; answer without --rescore")
+        rows = [score_row(task, lang, item, row) for item, row in zip(items, rows, strict=True)]
+        results.add(column, task, lang, rows, round(time.time() - start, 1), **about)
+        dist.on_rank0(write_json_lines, path, rows)
+        prompts = [{"item": n, "instruction": item.prompt} for n, item in enumerate(items)]
+        dist.on_rank0(write_json_lines, Path(args.out) / "prompts" / task / f"{lang}.jsonl", prompts)
+        dist.on_rank0(results.write, Path(args.out))
+        if not sys.stderr.isatty():
+            metric, score = next(iter(results.cells[-1]["scores"].items()))
+            dist.print0(f"{column}: {task} {lang}: {metric} {100 * score:.1f}, {len(rows)} items, "
+                        f"{time.time() - start:.0f} s", file=sys.stderr)
+
+
+def answer_folders(models):
+    """{model: a name for its folders in OUT/answers}, each once, none with a way out of it."""
+    names = {}
+    for model in models:
+        names[model] = re.sub(r"[^\w.-]+", "_", relative(model)).strip("._") or "model"
+        while [*names.values()].count(names[model]) > 1:
+            names[model] += "+"
+    return names
+
+
+def open_columns(model, folder, args, results, dist):
+    """Yield (connection, engine) for each connection asked for that a model, or its answers, have.
+
+    folder: of its answers, without the connection; with --rescore the engine is None.
+    """
+    if args.rescore:
+        return (yield from ((c, None) for c in args.connection if Path(f"{folder}_{c}").is_dir()))
+    engine = Engine(model, "none", args.template, args.dtype)
+    results.about["models"][model] = {"template": engine.tokenizer.template, "dtype": str(engine.dtype),
+                                      "device": engine.device}
+    asked = args.connection or [engine.default_connection()]
+    for connection in [c for c in asked if engine.can_connect(c)] or [engine.default_connection()]:
+        engine.connect(connection)
+        yield connection, engine
+    for notice in engine.notices:
+        dist.print0(notice, file=sys.stderr)
 
 
 def main():
     args = parse_args()
-    out, results = Path(args.out), Results()
+    out, results = Path(args.out), Results(args)
     check_writable(out)
     args.model = args.model or [default_model()]
-    if len(set(args.model)) < len(args.model):
+    if len({Path(model).resolve() for model in args.model}) < len(args.model):
         raise UserError("--model: a folder is named twice; name each once")
     todo = [(task, lang, read_task(args.data, task, lang, args.limit))
             for task, lang in find_tasks(args.data, args.tasks, args.langs)]
-    for model in args.model:  # check all models before the first one's long work
+    for model in args.model if not args.rescore else ():  # check all models before the first one's long work
         Tokenizer(model, Config.read(model), args.template)
         weight_files(model)
     if args.plot:
         check_writable(args.plot)
         load_plot()
+    folders = {model: out / "answers" / name for model, name in answer_folders(args.model).items()}
+    if args.rescore:
+        args.connection = [connection for connection in args.connection or ("matrix", "english", "none")
+                           if any(Path(f"{folder}_{connection}").is_dir() for folder in folders.values())]
+        if not args.connection:
+            raise UserError(f"{out}/answers: has none of {', '.join(args.model)}; answer without --rescore")
     with Dist.start("gloo") as dist:  # gloo: only answers are exchanged, each process has the whole model
-        for model in args.model:
-            engine = Engine(model, "none", args.template, args.dtype)
-            asked = args.connection or [engine.default_connection()]
-            possible = [c for c in asked if engine.can_connect(c)] or [engine.default_connection()]
-            for connection in possible:
-                engine.connect(connection)
-                name = ", ".join([model] * (len(args.model) > 1) + [connection] * (len(asked) > 1)) or model
-                folder = re.sub(r"[^\w.-]+", "_", model.strip("/") + f" {connection}" * (len(asked) > 1))
-                evaluate(engine, name, out / "answers" / folder, todo, args, dist, results)
-            for notice in engine.notices:
-                dist.print0(notice, file=sys.stderr)
-            del engine  # before the next model is loaded
+        for model, folder in folders.items():
+            for connection, engine in open_columns(model, folder, args, results, dist):
+                column = ", ".join([model] * (len(args.model) > 1) + [connection] * (len(args.connection or "") > 1))
+                evaluate(engine, column or model, Path(f"{folder}_{connection}"), todo, args, dist, results,
+                         model=model, connection=connection)
+                del engine  # before the next model is loaded
         if dist.rank == 0:
-            markdown = results.report(args, out)
-            print(f"scores in per cent (95 % intervals)\n\n{markdown}\n\nresults and answers are in {out}")
+            markdown = results.write(out, args.plot)
+            dist.print0("\n".join([*results.notices(), ""]))
+            dist.print0(f"scores in per cent (95 % intervals)\n\n{markdown}\n\nresults and answers are in {out}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from cctuning import CCTuning, load_cctuning
@@ -55,13 +56,14 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def add_engine_options(parser, max_new_tokens, connections=None):
+def add_engine_options(parser, max_new_tokens=None, connections=None):
     """The options that infer.py and eval.py share. connections: "+" where several may be given."""
     add = parser.add_argument
     add("--connection", nargs=connections, choices=("matrix", "english", "none"), help="matrix: from the "
         "prompt itself, through the Transform Matrix; english: from its English version, the bound of what a "
         "matrix can give; none: a plain model (default: matrix, if there is one)")
-    add("--max_new_tokens", type=at_least(1), default=max_new_tokens, metavar="N", help="longest answer")
+    by_task = "" if max_new_tokens else " (default: by task: summaries 128, options 24, others 32)"
+    add("--max_new_tokens", type=at_least(1), default=max_new_tokens, metavar="N", help=f"longest answer{by_task}")
     add("--batch_size", type=at_least(1), default=16, metavar="N", help="prompts answered together")
     add("--template", choices=TEMPLATES, help="chat template (default: the checkpoint's)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the computation (default: as stored)")
@@ -111,12 +113,14 @@ class Prompt:
     ids: list                        # (T,)
     english_ids: list | None = None  # (Te,), for --connection english
     number: int = 0                  # its place in the input
+    forms: dict | None = None        # {option: [ids of a form of it, end of turn included]}, to score
 
 
 @dataclass
 class Answer:
     ids: list
     probabilities: list | None = None  # (L,) the Decision Maker's; None: unconnected, or a mean
+    likelihood: dict | None = None     # {option: log-probability of giving it in any of its forms, in nats}
 
     @property
     def layer(self):
@@ -209,6 +213,34 @@ class Engine:
         index = self.tokenizer.connection_index
         return cache, *self.cc.prefill(ids, lengths, index, cache, self.connection, english)
 
+    def score_options(self, prompts, cache, logits):
+        """{option: log-probability of answering with any of its forms} for each Prompt.
+
+        logits (B, V): the prefill's, which predict a form's first token. Its other tokens run against the
+        prefill's cache, at the positions after the prompt, a form of each prompt at a time. No later token
+        reads what they leave there: the next form, or the answer, writes each position before it is read.
+        """
+        length, scores = cache.length, [{} for _ in prompts]
+        starts = torch.tensor([len(p.ids) for p in prompts], device=self.device)
+        first = logits.float().log_softmax(-1)  # (B, V)
+        forms = [[(option, form) for option, found in p.forms.items() for form in found] for p in prompts]
+        forms = [sorted(found, key=lambda form: len(form[1])) for found in forms]  # little padding
+        for step in range(max(map(len, forms))):
+            rows = [found[min(step, len(found) - 1)] for found in forms]
+            ids, lengths = (t.to(self.device) for t in pad([form for _, form in rows]))  # (B, F), (B,)
+            offsets = torch.arange(ids.shape[1] - 1, device=self.device)
+            cache.length = length + len(offsets)
+            x = self.cc.lm(self.cc.lm.embed(ids[:, :-1]), starts[:, None] + offsets, cache).hidden  # (B, F - 1, d)
+            real = offsets + 1 < lengths[:, None]  # (B, F - 1)
+            loss = F.cross_entropy(self.cc.lm.logits(x[real]).float(), ids[:, 1:][real], reduction="none")
+            sums = first.gather(1, ids[:, :1])[:, 0].index_add(0, real.nonzero()[:, 0], loss, alpha=-1)  # (B,)
+            for i, ((option, _), total) in enumerate(zip(rows, sums.tolist(), strict=True)):
+                if step < len(forms[i]):
+                    scores[i].setdefault(option, []).append(total)
+        cache.length = length
+        return [{option: float(np.logaddexp.reduce(found[option])) for option in p.forms}
+                for p, found in zip(prompts, scores, strict=True)]
+
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
         """Answer a batch of Prompts: yields one list of Answers, updated in place after each token.
@@ -216,9 +248,13 @@ class Engine:
         Finished rows leave the batch.
         """
         limits = [min(max_new_tokens, self.config.max_length - len(p.ids)) for p in prompts]
-        cache, logits, scores = self.prefill(prompts, max(limits))  # logits (B, V), scores (B, L)
+        room = max(limits + [len(form) for p in prompts for found in (p.forms or {}).values() for form in found])
+        cache, logits, scores = self.prefill(prompts, room)  # logits (B, V), scores (B, L)
         probabilities = [None] * len(prompts) if scores is None else scores.float().softmax(-1).tolist()
         answers = [Answer([], p) for p in probabilities]
+        if prompts[0].forms:
+            for answer, likelihood in zip(answers, self.score_options(prompts, cache, logits), strict=True):
+                answer.likelihood = likelihood
         generators = [np.random.default_rng((seed, p.number)) for p in prompts]
         positions = torch.tensor([len(p.ids) for p in prompts], device=self.device)  # of the next token
         active = list(range(len(prompts)))  # the prompts of the remaining rows

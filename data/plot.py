@@ -1,4 +1,5 @@
 """Pictures of an evaluation, drawn by `eval.py --plot DIR` (needs matplotlib)."""
+import json
 from pathlib import Path
 
 import matplotlib
@@ -8,41 +9,93 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-def draw_scores(folder, rows, columns):
-    """scores.png: the score of each column per language, with 95 % intervals, a panel per task.
+def draw(folder, rows, results):
+    """Draw scores.png, layers.png (if a layer was chosen) and loss.png (if a model has a train_log.jsonl).
 
-    rows: [(task, language, a summary per column)] as eval.averages returns them.
+    rows: [(task, language, a summary per column)] of eval.averages.  results: eval.Results.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_scores(folder, rows, results.columns, {cell["task"]: cell["chance"] for cell in results.cells})
+    chosen = {column: {f"{task} {lang}": [row["layer"] for row in found] for (task, lang), found in answers.items()}
+              for column, answers in zip(results.columns, results.answers, strict=True)}
+    chosen = {column: layers for column, layers in chosen.items() if None not in next(iter(layers.values()))}
+    if chosen:
+        draw_layers(folder, chosen, next(iter(results.answers[0].values()))[0]["layers"])
+    logs = {model: Path(model) / "train_log.jsonl" for model in dict.fromkeys(cell["model"] for cell in results.cells)}
+    logs = {model: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            for model, path in logs.items() if path.exists()}
+    if logs:
+        draw_losses(folder, logs)
+
+
+def draw_scores(folder, rows, columns, chance):
+    """scores.png: the score of each column per language, with 95 % intervals; a panel per task, then the means.
+
+    chance: {task: score by chance, or None}.
     """
     tasks = [task for task in dict.fromkeys(task for task, _, _ in rows) if task != "all"]
-    figure, axes_of = panels(len(tasks))
-    for task, axes in zip(tasks, axes_of, strict=True):
-        shown = [(lang, cells) for t, lang, cells in rows if t == task and not lang.startswith("mean")]
+    shown = {task: [(lang, cells) for t, lang, cells in rows if t == task and not lang.startswith("mean")]
+             for task in tasks}
+    shown["mean over languages"] = [(task, cells) for task, lang, cells in rows if lang == "mean"]
+    figure, axes_of = panels(len(shown))
+    for (task, bars), axes in zip(shown.items(), axes_of, strict=True):
         width = 0.8 / len(columns)
         for i, column in enumerate(columns):
-            scores = 100 * np.array([[cells[i]["score"], *cells[i]["interval"]] for _, cells in shown])
-            axes.bar(np.arange(len(shown)) + width * i, scores[:, 0], width, label=column,
+            scores = 100 * np.array([[cells[i]["score"], *cells[i]["interval"]] for _, cells in bars])
+            axes.bar(np.arange(len(bars)) + width * i, scores[:, 0], width, label=column, color=f"C{i}",
+                     edgecolor=f"C{i}",  # so that a bar of height 0 is seen
                      yerr=np.abs(scores[:, 1:] - scores[:, :1]).T, error_kw={"linewidth": 0.8})
-        axes.set_xticks(np.arange(len(shown)) + 0.4 - width / 2, [lang for lang, _ in shown])
+        level = chance.get(task.partition(",")[0])
+        if level is not None:
+            axes.axhline(100 * level, color="grey", linestyle="--", linewidth=0.8)
+            axes.text(len(bars) - 0.2, 100 * level, "chance", fontsize=7, color="grey", va="bottom", ha="right")
+        axes.set_xticks(np.arange(len(bars)) + 0.4 - width / 2, [name for name, _ in bars])
         axes.set_title(task, fontsize=9)
+        axes.set_ylim(0, 100)
         axes.set_ylabel("%")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7,
                   frameon=False)
-    figure.savefig(Path(folder) / "scores.png", dpi=130)
+    figure.savefig(folder / "scores.png", dpi=130)
 
 
-def draw_layers(folder, layers):
-    """layers.png: how often each layer was chosen. layers: {column: {"task lang": chosen layers}}."""
+def draw_layers(folder, layers, count):
+    """layers.png: how often each of `count` layers was chosen. layers: {column: {"task lang": chosen layers}}."""
     figure, axes_of = panels(len(layers))
     for (column, chosen), axes in zip(layers.items(), axes_of, strict=True):
-        count = 1 + max(max(found) for found in chosen.values())
         shares = [np.bincount(found, minlength=count) / len(found) for found in chosen.values()]
         image = axes.imshow(np.array(shares).T, aspect="auto", origin="lower", vmin=0, vmax=1)
         axes.set_xticks(range(len(chosen)), list(chosen), fontsize=7, rotation=30)
         axes.set_ylabel("layer")
         axes.set_title(f"share of each chosen layer, {column}", fontsize=9)
         figure.colorbar(image, ax=axes)
-    figure.savefig(Path(folder) / "layers.png", dpi=130)
+    figure.savefig(folder / "layers.png", dpi=130)
+
+
+def draw_losses(folder, logs):
+    """loss.png: training and validation loss per answer token and the learning rate of each model's train_log.jsonl.
+
+    logs: {model: its lines, dicts}.
+    """
+    figure, axes_of = panels(2)
+    for i, (model, lines) in enumerate(logs.items()):
+        curves = {}  # {(panel, name): [(step, value)]}
+        for line in lines:
+            values = {(0, "loss"): line.get("loss"), (1, "learning rate"): line.get("lr"),
+                      **{(0, f"validation, {name}"): loss for name, loss in line.get("eval_loss", {}).items()}}
+            for key, value in values.items():
+                if value is not None and "step" in line:
+                    curves.setdefault(key, []).append((line["step"], value))
+        for (panel, name), points in curves.items():
+            marker = {"marker": "o", "linestyle": "--"} if name.startswith("validation") else {"color": f"C{i}"}
+            axes_of[panel].plot(*zip(*points, strict=True), label=f"{model}: {name}", **marker)
+    axes_of[0].set_ylabel("loss")
+    axes_of[1].set_ylabel("learning rate")
+    axes_of[1].set_xlabel("step")
+    for axes in axes_of:
+        axes.legend(fontsize=7, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "loss.png", dpi=130)
 
 
 def panels(count):

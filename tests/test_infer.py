@@ -444,7 +444,8 @@ SHARED_DEFAULTS = {
 DEFAULTS = {
     "infer": {**SHARED_DEFAULTS, "max_new_tokens": "256", "temperature": "0.0", "top_p": "1.0", "seed": "0",
               "output": "standard output"},
-    "eval": {**SHARED_DEFAULTS, "max_new_tokens": "32", "data": "the embedded data/test",
+    "eval": {**SHARED_DEFAULTS, "max_new_tokens": "by task: summaries 128, options 24, others 32",
+             "data": "the embedded data/test",
              "tasks": "all", "langs": "all that a task has", "out": "out/eval"},
 }
 
