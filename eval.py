@@ -752,8 +752,9 @@ def evaluate(engine, column, folder, todo, args, dist, results, **about):
     of_model = engine and model_digest(engine.folder)
     for task, lang, items in todo:
         start, path = time.time(), folder / task / f"{lang}.jsonl"
-        rows = give_answers(engine, of_model, path, task, items, args, dist) if engine else read_answers(path, len(items))
-        if rows is None:
+        if engine:
+            rows = give_answers(engine, of_model, path, task, items, args, dist)
+        elif (rows := read_answers(path, len(items))) is None:
             raise UserError(f"{path}: has not {len(items)} answers, one to each item; answer without --rescore")
         rows = [score_row(task, lang, item, row) for item, row in zip(items, rows, strict=True)]
         results.add(column, task, lang, rows, round(time.time() - start, 1), **about)
