@@ -71,7 +71,8 @@ class DecisionMaker(nn.Module):
         (straight-through, tau = 1; arXiv 1611.01144); without noise it is the argmax.
         Returns the vector (B, d) and the scores s (B, L), without noise.
         """
-        scores = F.linear((activations + embedding).float().mean(0), self.weight).float()  # (B, L)
+        mean = (activations.float() + embedding).mean(0).to(self.weight.dtype)  # (B, d)
+        scores = F.linear(mean, self.weight).float()  # (B, L)
         noisy = scores if noise is None else scores + noise
         choice = F.one_hot(noisy.argmax(-1), noisy.shape[-1]).to(noisy.dtype)  # (B, L)
         if noise is not None:
@@ -172,15 +173,17 @@ class CCTuning(nn.Module):
         """Step 1: H (L, B, d) of right-padded prompts (B, T) at p (B,). Computes no logits."""
         return self.lm(self.lm.embed(ids), collect_at=position).activations
 
-    def pick(self, activations, ids, position, noise=None):
-        """Step 2 for prompts ids (B, T) with p (B,): the vector to fuse (B, d) and the scores (B, L)."""
+    def pick(self, activations, ids, embeddings, position, noise=None):
+        """Step 2 for prompts ids (B, T), their embeddings (B, T, d) and p (B,).
+
+        Returns the vector to fuse (B, d) and the scores (B, L).
+        """
         if noise is None and self.lm.config.source_layer == "random":  # repeatable: by the prompt
             prompts = [row[:p + 1] for row, p in zip(ids.tolist(), position.tolist(), strict=True)]
             noise = [np.random.default_rng([self.seed, *prompt]).gumbel(size=len(activations))
                      for prompt in prompts]
             noise = torch.tensor(np.stack(noise), device=ids.device)
-        embedding = self.lm.embed(select_positions(ids, position))  # (B, d)
-        return self.decision_maker(activations, embedding, noise)
+        return self.decision_maker(activations, select_positions(embeddings, position), noise)
 
     def forward(self, batch, connection="english", noise=None, english_grad=False):
         """Steps 1 to 4: the loss of a Batch, summed over its answer tokens.
@@ -191,7 +194,9 @@ class CCTuning(nn.Module):
         english_grad: differentiate the English pass too. The paper's published configuration does
             not: its reentrant gradient checkpointing runs that pass without a graph.
         """
-        fusion = None
+        targets, fusion = batch.labels[:, 1:], None  # targets: the token after each position
+        rows, columns = (targets != -100).nonzero(as_tuple=True)  # first: the CPU waits for the GPU here
+        embeddings = self.lm.embed(batch.ids)  # (B, T, d), once: each look-up has a gradient of size (V, d)
         if connection == "english":
             with torch.set_grad_enabled(english_grad and torch.is_grad_enabled()):
                 # Not self.activations: under FSDP it is a separate forward and would reshard the
@@ -199,17 +204,15 @@ class CCTuning(nn.Module):
                 activations = self.lm(self.lm.embed(batch.english_ids),
                                       collect_at=batch.english_position).activations
         elif connection == "matrix":
-            prompts = batch.ids[:, :int(batch.position.max()) + 1]  # the answer cannot matter
-            activations = self.lm(self.lm.embed(prompts), collect_at=batch.position).activations
+            prompts = embeddings[:, :int(batch.position.max()) + 1]  # the answer cannot matter
+            activations = self.lm(prompts, collect_at=batch.position).activations
             activations = self.transform_matrix(activations)
         if connection != "none":
-            vector, _ = self.pick(activations, batch.ids, batch.position, noise)
+            vector, _ = self.pick(activations, batch.ids, embeddings, batch.position, noise)
             fusion = Fusion(vector, batch.position)
-        x = self.lm(self.lm.embed(batch.ids), fusion=fusion).hidden  # (B, T, d)
-        targets = batch.labels[:, 1:]  # the token after each position
-        is_answer = targets != -100
-        x = x[:, :-1][is_answer]  # (answer tokens, d): the prompt's logits are never computed
-        return F.cross_entropy(self.lm.logits(x).float(), targets[is_answer], reduction="sum")
+        x = self.lm(embeddings, fusion=fusion).hidden  # (B, T, d)
+        logits = self.lm.logits(x[rows, columns]).float()  # (answer tokens, V): none of the prompt's
+        return F.cross_entropy(logits, targets[rows, columns], reduction="sum")
 
     def prefill(self, ids, lengths, connection_index, cache, connection="matrix", english=None):
         """Step 6: read right-padded prompts (B, T) of these lengths (B,) into the cache, connected.
@@ -229,14 +232,14 @@ class CCTuning(nn.Module):
         position, scores, embeddings = lengths + connection_index, None, self.lm.embed(ids)
         if connection == "matrix":
             first = self.lm(embeddings, cache=cache, collect_at=position)
-            vector, scores = self.pick(self.transform_matrix(first.activations), ids, position)
+            vector, scores = self.pick(self.transform_matrix(first.activations), ids, embeddings, position)
             again = position[:, None] + torch.arange(-connection_index, device=ids.device)  # (B, n)
             x = first.fusion_input[torch.arange(len(ids), device=ids.device)[:, None], again]
             fusion = Fusion(vector, torch.zeros_like(position))  # p is the first of the n tokens
             x = self.lm(x, again, cache, fusion, first_layer=self.lm.config.fusion_layer).hidden
         elif connection == "english":
             activations = self.activations(english[0], english[1] + connection_index)
-            vector, scores = self.pick(activations, ids, position)
+            vector, scores = self.pick(activations, ids, embeddings, position)
             x = self.lm(embeddings, cache=cache, fusion=Fusion(vector, position)).hidden  # (B, T, d)
             x = select_positions(x, lengths - 1)[:, None]
         else:

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from cctuning import CCTuning, load_cctuning
 from model import (DATA, TEMPLATES, Config, Help, KVCache, Record, Tokenizer, UserError, at_least, check_writable,
-                   error_line, holds_model, pad, process_ranks, read_json_lines, read_records, relative,
-                   run_script, write_text)
+                   choose_device, error_line, holds_model, pad, process_ranks, read_json_lines, read_records,
+                   relative, run_script, write_text)
 
 WHICH_MODEL = "out if it holds one, else the embedded data/tuned"  # default_model, in words
 LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # the paper's
@@ -139,12 +139,12 @@ class Engine:
     def __init__(self, folder, connection=None, template=None, dtype=None, single=False):
         self.folder, self.config = folder, Config.read(folder)
         self.tokenizer = Tokenizer(folder, self.config, template)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = choose_device()
         with torch.device("meta"):
             self.cc = CCTuning(self.config)
         load_cctuning(self.cc, folder, dtype and getattr(torch, dtype), self.device)
         self.dtype = self.cc.lm.model.embed_tokens.weight.dtype
-        if self.device == "cpu" and not (single and self.dtype == torch.float32):
+        if self.device.type == "cpu" and not (single and self.dtype == torch.float32):
             prepack_for_cpu(self.cc.lm)
         notices = self.tokenizer.notice, self.config.cctuning.get("matrix", {}).get("doubt")
         self.notices = [notice for notice in notices if notice]

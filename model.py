@@ -278,11 +278,18 @@ class Attention(nn.Module):
     def forward(self, x, rotary, k, v, mask):
         """The queries of x (B, T, d) attend to k, v (B, kv, K, D): (B, T, d).
 
-        mask: True where a query may look, broadcastable to (B, heads, T, K); None: causal, K = T.
+        mask (B or 1, 1, T, K): True where a query may look; None: causal, K = T.
         """
         q = rotate(self.split_heads(self.q_proj(x)), rotary)  # (B, heads, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=True)
+        if mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            # enable_gqa with a mask has no fused GPU kernel before torch 2.14, except cuDNN's. So the
+            # query heads that share a key head become rows of one query.
+            group = q.shape[1] // k.shape[1]
+            q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, kv, group * T, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, group, 1))
+            y = y.unflatten(2, (group, -1)).flatten(1, 2)  # (B, heads, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, D) -> (B, T, d)
 
 
@@ -886,6 +893,21 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         unset = any(action.default is value for value in (None, False, argparse.SUPPRESS))
         return action.help if unset or "(default" in action.help else action.help + " (default: %(default)s)"
+
+
+def choose_device():
+    """This process's GPU, or the CPU without one. Raises UserError for more processes than GPUs."""
+    processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if processes > count:
+        raise UserError(f"--nproc_per_node: {processes} processes for {count} GPUs; start at most one for each")
+    # cuDNN's attention, the first choice on Hopper and Blackwell, builds a plan for each new shape, in up to
+    # a second: for every length in training, and for nearly every token in decoding.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    device = torch.device("cuda", process_ranks()[2])
+    torch.cuda.set_device(device)
+    return device
 
 
 def at_least(low, kind=int):

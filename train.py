@@ -52,9 +52,9 @@ from tqdm import tqdm
 
 from cctuning import Batch, CCTuning, gumbel_noise, load_cctuning
 from model import (DATA, RUN_FILE, SOURCES, TEMPLATES, Config, Help, Tokenizer, UserError, at_least,
-                   check_writable, error_line, holds_model, is_ours, pad, printable, process_ranks, read_json,
-                   read_records, read_text, refuse_nan, relative, run_script, save_checkpoint, silence, sync,
-                   tokenizer_files, write_text)
+                   check_writable, choose_device, error_line, holds_model, is_ours, pad, printable, process_ranks,
+                   read_json, read_records, read_text, refuse_nan, relative, run_script, save_checkpoint, silence,
+                   sync, tokenizer_files, write_text)
 
 try:
     import fcntl
@@ -205,7 +205,14 @@ def collate(samples, connection_index, device="cpu"):
     is_answer = (column >= prompts[:, None]) & (column < lengths[:, None])  # (B, T)
     batch = Batch(ids, ids.masked_fill(~is_answer, -100), prompts + connection_index,
                   english_ids, english_lengths + connection_index)
-    return Batch(*(tensor.to(device) for tensor in batch))
+    return Batch(*(to_device(tensor, device) for tensor in batch))
+
+
+def to_device(tensor, device):
+    """Copy a tensor; to a GPU from pinned memory, so that the CPU does not wait for the copy."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------------------- processes
@@ -221,16 +228,12 @@ class Dist:
     @classmethod
     def start(cls, backend=None):
         """Join the process group; backend: nccl on GPUs, else gloo, unless given."""
-        rank, world_size, local_rank = process_ranks()
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            if local_rank >= (count := torch.cuda.device_count()):
-                raise UserError(f"--nproc_per_node: more than {count}, the GPUs of this machine; lower it")
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
+        rank, world_size, _ = process_ranks()
+        device = choose_device()
         if world_size > 1:
             backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-            torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+            torch.distributed.init_process_group(backend, timeout=TIMEOUT,
+                                                 device_id=device if backend == "nccl" else None)
         return cls(rank, world_size, device, os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
 
     def __enter__(self):
@@ -376,7 +379,9 @@ class Setup:
                        "data": digest(self.samples), "dtype": str(self.dtype), "fusion_layer": self.config.fusion_layer}
 
     def autocast(self):
-        return torch.autocast(self.dist.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        """bfloat16 in one process. In several, fully_shard gathers the weights in it: see shard."""
+        enabled = self.dtype == torch.bfloat16 and self.dist.world_size == 1
+        return torch.autocast(self.dist.device.type, torch.bfloat16, enabled=enabled)
 
 
 def digest(value):
@@ -504,9 +509,9 @@ def train_step(setup, cc, optimizer, step):
     total = torch.zeros((), device=dist.device)
     for group, weight in dist.micro_batches(numbers, args.micro_batch):
         batch = collate([samples[i] for i in group], setup.tokenizer.connection_index, dist.device)
-        noise = gumbel_noise(args.seed, step, group, setup.config.num_hidden_layers).to(dist.device)  # (B, L)
+        noise = gumbel_noise(args.seed, step, group, setup.config.num_hidden_layers)  # (B, L)
         with setup.autocast():
-            loss = cc(batch, setup.connections[0], noise, args.english_grad) * weight
+            loss = cc(batch, setup.connections[0], to_device(noise, dist.device), args.english_grad) * weight
         (loss * dist.world_size / targets).backward()  # FSDP averages gradients over processes: undo that
         total += loss.detach()
     loss = dist.sum(total).item() / targets
@@ -556,8 +561,8 @@ def fit_matrix(setup, cc):
         """X and Y (L, B, d)."""
         sides = [s.ids[:s.prompt_length] for s in samples], [s.english_ids for s in samples]
         with setup.autocast():
-            return [cc.activations(ids.to(dist.device),
-                                   (lengths + setup.tokenizer.connection_index).to(dist.device))
+            return [cc.activations(to_device(ids, dist.device),
+                                   to_device(lengths + setup.tokenizer.connection_index, dist.device))
                     for ids, lengths in map(pad, sides)]
 
     width = setup.config.hidden_size

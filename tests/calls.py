@@ -12,12 +12,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from cctuning import Batch, CCTuning, TransformMatrix, load_cctuning
 from model import Config, Fusion, KVCache, Transformer, load_weights
 
+DEVICE = "cpu"  # gpu.py sets another
+
 
 def open_model(folder, decision_maker=None, matrix=None):
     """A checkpoint in float32, with this Decision Maker (L, d) and Transform Matrix (d, d)."""
     with torch.device("meta"):
         cc = CCTuning(Config.read(folder))
-    load_cctuning(cc, folder, torch.float32)
+    load_cctuning(cc, folder, torch.float32, DEVICE)
     if decision_maker is not None:
         cc.decision_maker.weight.data = decision_maker.clone()
     if matrix is not None:
@@ -44,7 +46,7 @@ def activations(cc, ids, position):
 def choose(cc, activations, ids, position, noise=None):
     """The vector (B, d) that the Decision Maker takes from H (L, B, d), and its scores (B, L) before the
     noise."""
-    return cc.pick(activations, ids, position, noise)
+    return cc.pick(activations, ids, cc.lm.embed(ids), position, noise)
 
 
 def loss(cc, ids, labels, position, english_ids, english_position, connection="english", **options):
@@ -59,7 +61,7 @@ def answer(cc, ids, lengths, count, index=-1, connection="none", english=None):
     index: the connection position, counted from a prompt's end.  english: ids and lengths of the English
     prompts. No id ends an answer.
     """
-    cache, tokens = KVCache(cc.lm.config, len(ids), ids.shape[1] + count, torch.float32, "cpu"), []
+    cache, tokens = KVCache(cc.lm.config, len(ids), ids.shape[1] + count, torch.float32, DEVICE), []
     first, scores = cc.prefill(ids, lengths, index, cache, connection, english)
     following = first
     for i in range(count):

@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads would only wait for one another
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact equality holds on CPUs; gpu.py is for GPUs
 
 import numpy as np
 import pytest

@@ -147,6 +147,16 @@ def test_training_equals_the_reference(connected, english_grad, index):
         assert (gradient - wanted).abs().max() < 1e-4 * wanted.abs().max(), name
 
 
+def test_two_embedding_lookups_a_step(connected):
+    """Catches another look-up of the own-language ids: each makes a gradient of the whole table's size."""
+    cc, _ = opened(connected)
+    seen = []
+    cc.lm.model.embed_tokens.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    calls.loss(cc, *training_batch(-1), noise=NOISE)
+    ids, _, _, english, _ = training_batch(-1)
+    assert len(seen) == 2 and any(s.equal(ids) for s in seen) and any(s.equal(english) for s in seen)
+
+
 @torch.no_grad()
 def test_validation_equals_the_reference(connected):
     """Catches a connection in plain fine-tuning, and one from the own prompt without its matrix."""
@@ -164,7 +174,8 @@ def test_validation_equals_the_reference(connected):
 @pytest.mark.parametrize("connection", ["matrix", "english", "none"])
 def test_answering_equals_full_passes(connected, index, connection):
     """Catches tokens after the connection position still computed without the connection (in logits or
-    cache), logits of another token than the prompt's last, and rows that depend on each other."""
+    cache), logits of another token than the prompt's last, and rows that depend on each other. At -3, a
+    mask of three tokens at other positions in each row, repeated in another order than the query heads."""
     cc, reference = opened(connected)
     first, scores, found = calls.answer(cc, *padded(PROMPTS), 6, index, connection, padded(ENGLISH))
     for i, (prompt, english) in enumerate(zip(PROMPTS, ENGLISH, strict=True)):

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from conftest import (PAIRS, ROOT, UNEVEN, at_step, json_lines, launch, logged, losses, results_of, tensors,
                       training, worst_difference, write_checkpoint, write_data)
+from model import UserError, choose_device
 
 LLAMA_8B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -214,3 +216,19 @@ dist.init_process_group = meet
     command = training(checkpoint(), write_data(tmp_path / "data.jsonl", PAIRS), tmp_path / "out", epochs=7)
     done = launch(tmp_path, 2, [command], before=impatient + at_step(3, hang), timeout=60)
     assert done.returncode != 0 and "5000ms" in done.stderr
+
+
+def test_gpu_of_a_process(monkeypatch):
+    """Catches a process on another's GPU, more processes than GPUs, and cuDNN's attention left on."""
+    taken, allowed = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", allowed.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert choose_device() == torch.device("cuda", 1)
+    assert taken == [torch.device("cuda", 1)] and allowed == [False]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 processes for 2 GPUs"):
+        choose_device()

@@ -36,7 +36,7 @@ def test_forward(folder):
     position."""
     cc, expected = calls.open_model(folder), FOLDERS[folder]
     ids, lengths, tokens = expected["input_ids"], expected["lengths"], expected["greedy"]
-    real = torch.arange(ids.shape[1]) < lengths[:, None]
+    real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     assert (calls.logits(cc, ids) - expected["logits"])[real].abs().max() < 1e-4
     assert calls.answer(cc, ids, lengths, tokens.shape[1])[2].equal(tokens)
 
