@@ -787,7 +787,7 @@ def open_columns(model, folder, args, results, dist):
         return (yield from ((c, None) for c in args.connection if Path(f"{folder}_{c}").is_dir()))
     engine = Engine(model, "none", args.template, args.dtype)
     results.about["models"][model] = {"template": engine.tokenizer.template, "dtype": str(engine.dtype),
-                                      "device": engine.device}
+                                      "device": engine.device.type}
     asked = args.connection or [engine.default_connection()]
     for connection in [c for c in asked if engine.can_connect(c)] or [engine.default_connection()]:
         engine.connect(connection)
