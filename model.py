@@ -897,15 +897,16 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def choose_device():
     """This process's GPU, or the CPU without one. Raises UserError for more processes than GPUs."""
-    processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    count, local_rank = torch.cuda.device_count(), process_ranks()[2]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))  # all ranks raise, not the last alone
     if processes > count:
-        raise UserError(f"--nproc_per_node: {processes} processes for {count} GPUs; start at most one for each")
+        raise UserError(f"--nproc_per_node: more than {count}, the GPUs of this machine; lower it")
     # cuDNN's attention, the first choice on Hopper and Blackwell, builds a plan for each new shape, in up to
     # a second: for every length in training, and for nearly every token in decoding.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    device = torch.device("cuda", process_ranks()[2])
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
