@@ -785,7 +785,7 @@ def open_columns(model, folder, args, results, dist):
     """
     if args.rescore:
         return (yield from ((c, None) for c in args.connection if Path(f"{folder}_{c}").is_dir()))
-    engine = Engine(model, "none", args.template, args.dtype)
+    engine = dist.together(Engine, model, "none", args.template, args.dtype)
     results.about["models"][model] = {"template": engine.tokenizer.template, "dtype": str(engine.dtype),
                                       "device": engine.device.type}
     asked = args.connection or [engine.default_connection()]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from cctuning import CCTuning, load_cctuning
 from model import (DATA, TEMPLATES, Config, Help, KVCache, Record, Tokenizer, UserError, at_least, check_writable,
-                   choose_device, error_line, holds_model, pad, process_ranks, read_json_lines, read_records,
+                   choose_device, error_line, holds_model, pad, printable, process_ranks, read_json_lines, read_records,
                    relative, run_script, write_text)
 
 WHICH_MODEL = "out if it holds one, else the embedded data/tuned"  # default_model, in words
@@ -368,7 +368,7 @@ def stream(engine, prompt, options, explain):
 
 
 def answer_lines(engine, options, explain):
-    """Answer line by line at a terminal, until Ctrl-D."""
+    """Answer each line typed at a terminal as it comes, until Ctrl-D."""
     for number, line in enumerate(sys.stdin.buffer):
         try:
             if text := line.decode("utf-8", "replace").strip():
@@ -397,7 +397,7 @@ def main():
     engine = Engine(args.model, args.connection, args.template, args.dtype, single)
     prompts = [engine.encode(record, number) for number, record in enumerate(records)]
     for notice in engine.notices:
-        print(notice, file=sys.stderr)
+        print(printable(notice), file=sys.stderr)
     options = args.max_new_tokens, args.temperature, args.top_p, args.seed
 
     if is_terminal:

@@ -560,7 +560,7 @@ def load_model(folder, dtype=None, device="cpu"):
 # ------------------------------------------------------------------------------ checkpoint folder: writing
 
 RUN_FILE = "run.json"  # a run's first file in a folder; who writes there
-SHARDS = "model-?????-of-?????.safetensors"
+SHARDS = f"model-{5 * '[0-9]'}-of-{5 * '[0-9]'}.safetensors"
 
 
 def holds_model(folder):
@@ -569,18 +569,18 @@ def holds_model(folder):
 
 
 def is_ours(out):
-    """True if train.py has written to the folder before; False if nothing there has a name that it writes.
+    """True if train.py has written to the folder before; False if no file there has a name that it writes.
 
-    The entry "cctuning" tells, in config.json or, of a run without a result, in RUN_FILE. Raises UserError for files
-    of others, which a run would replace or remove.
+    A folder is ours by the entry "cctuning" in config.json or, before there is a result, in RUN_FILE. Raises
+    UserError where a run would replace or remove a file that train.py did not write.
     """
     out, folders = Path(out), ("checkpoints", "saving.tmp")
     marker = next((out / name for name in ("config.json", RUN_FILE) if (out / name).exists()), None)
     ours = marker is not None and "cctuning" in read_json(marker)
     files = ("config.json", RUN_FILE, "train_log.jsonl", INDEX_FILE, CCTUNING_FILE, *TOKENIZER_FILES)
     for path in [*(out / name for name in (*files, *folders)), *out.glob(SHARDS)]:
-        as_written = path.is_file() if path.name not in folders else path.is_dir() and not path.is_symlink()
-        if (path.is_symlink() or path.exists()) and not (ours and as_written):
+        fits = path.is_dir() and not path.is_symlink() if path.name in folders else path.is_file()
+        if (path.is_symlink() or path.exists()) and not (ours and fits):
             raise UserError(f"{path}: was not written by train.py, which would replace it; give another --out")
     if (out / "model.safetensors").exists():
         raise UserError(f"{out}: model.safetensors there would be loaded in place of the result; give another --out")
@@ -588,9 +588,10 @@ def is_ours(out):
 
 
 def tokenizer_files(folder):
-    """Names of a checkpoint folder's tokenizer files. Raises UserError for what is not to be copied to another folder.
+    """Names of a checkpoint folder's tokenizer files.
 
-    A link may lead to another file of the folder, or to the blobs of Hugging Face's cache.
+    Raises UserError for what must not be copied: a folder, a pipe, a link that leaves the checkpoint folder (except
+    to the blobs of Hugging Face's cache).
     """
     paths = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).exists() or path.is_symlink()]
     home = Path(folder).resolve()
@@ -650,12 +651,11 @@ def save_checkpoint(out, source, tensors, info, extra=None, shard_bytes=5_000_00
         sync(path)
 
     # Remove the old model, its index first; then move the new one in, its index last. A folder without an
-    # index does not load, so a crash in between leaves no mixture of the two. Of tokenizer files only those that
-    # the old model lists: others are the user's.
-    old = read_json(out / "config.json") if (out / "config.json").exists() else {}
-    listed = old.get("cctuning", {}).get("files", [])
-    old = [INDEX_FILE, CCTUNING_FILE, *(name for name in TOKENIZER_FILES if name in listed)]
-    for path in [*(out / name for name in old), *out.glob(SHARDS)]:
+    # index does not load, so a crash in between leaves no mixture of the two. Tokenizer files that the old model
+    # does not list are the user's.
+    old = read_json(out / "config.json").get("cctuning", {}) if (out / "config.json").exists() else {}
+    names = [INDEX_FILE, CCTUNING_FILE, *(name for name in TOKENIZER_FILES if name in old.get("files", []))]
+    for path in [*(out / name for name in names), *out.glob(SHARDS)]:
         path.unlink(missing_ok=True)
     for path in sorted(staging.iterdir(), key=lambda p: p.name == INDEX_FILE):
         path.replace(out / path.name)
@@ -824,12 +824,12 @@ class Tokenizer:
 # -------------------------------------------------------------------------------- users' input and files
 
 def run_script(main):
-    """Call main(). What the user can mend becomes one line on stderr and exit code 2.
+    """Call main(). An error that the user can correct becomes one line on stderr and exit code 2.
 
-    Streams: a closed one is replaced by the null device, characters that the terminal lacks are escaped, a reader
-    that went away (`| head`) ends the script quietly.
+    A closed stream is replaced by the null device; characters that a terminal cannot show are escaped; if the reader
+    of stdout has gone (`| head`), the script ends quietly.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in turn: each takes its own number again
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their file descriptors
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
@@ -853,7 +853,7 @@ def run_script(main):
 
 
 def error_line(error):
-    """A UserError or OSError as one line: the file, what is wrong, what to do. None: an error about no file."""
+    """A UserError or OSError as one line: the file, what is wrong, what to do. None: no file is concerned."""
     message = str(error)
     if isinstance(error, OSError):
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -866,18 +866,18 @@ def error_line(error):
 
 
 def printable(text):
-    """Text without control characters: file names may hold any, and a terminal obeys them."""
+    """The text with control characters escaped: a file name may contain some, and a terminal obeys them."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 def silence(stream):
-    """Send what is still to be printed to the null device."""
+    """Discard what is printed from now on, and what is still buffered."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def process_ranks():
-    """(rank, number of processes, rank on this machine), as torchrun sets them."""
-    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    """(rank, number of processes, the same two on this machine), as torchrun sets them."""
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     values = [os.environ.get(name, default) for name, default in names.items()]
     ranks = [int(value) if value.isdecimal() else -1 for value in values]
     needed = {"RANK", "MASTER_ADDR", "MASTER_PORT"} if ranks[1] > 1 else set()
@@ -897,12 +897,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def choose_device():
     """This process's GPU, or the CPU without one. Raises UserError for more processes than GPUs."""
+    (_, _, local_rank, processes), count = process_ranks(), torch.cuda.device_count()
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    count, local_rank = torch.cuda.device_count(), process_ranks()[2]
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))  # all ranks raise, not the last alone
-    if processes > count:
-        raise UserError(f"--nproc_per_node: more than {count}, the GPUs of this machine; lower it")
+    if max(processes, local_rank + 1) > count:
+        raise UserError(f"--nproc_per_node: {processes} processes for {count} GPUs; start at most one for each")
     # cuDNN's attention, the first choice on Hopper and Blackwell, builds a plan for each new shape, in up to
     # a second: for every length in training, and for nearly every token in decoding.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1023,7 +1022,7 @@ def text_field(fields, key, where, required):
 
 
 def relative(path):
-    """The path seen from the working directory, if there is a way: a drive may lie between."""
+    """The path relative to the working directory; as it is, if that is on another drive."""
     try:
         return os.path.relpath(path)
     except (OSError, ValueError):
@@ -1038,8 +1037,10 @@ def check_writable(path):
 
 
 def write_text(path, text):
-    """Write a text file, whole or not at all. A link is followed, an old file's mode kept; a device or pipe is written
-    to directly."""
+    """Write a text file, whole or not at all.
+
+    A link is followed, the mode of an existing file kept; a device or pipe is written to directly.
+    """
     is_special = Path(path).exists() and not Path(path).is_file()
     target = Path(os.path.realpath(path))
     temporary = Path(path) if is_special else target.with_name(f".{secrets.token_hex(8)}.tmp")

@@ -223,12 +223,12 @@ class Dist:
     rank: int
     world_size: int
     device: torch.device
-    torchrun: int | None = None  # its process
+    torchrun: int | None = None  # its process id
 
     @classmethod
     def start(cls, backend=None):
         """Join the process group; backend: nccl on GPUs, else gloo, unless given."""
-        rank, world_size, _ = process_ranks()
+        rank, world_size, *_ = process_ranks()
         device = choose_device()
         if world_size > 1:
             backend = backend or ("nccl" if device.type == "cuda" else "gloo")
@@ -247,7 +247,7 @@ class Dist:
             torch.distributed.destroy_process_group()
 
     def print0(self, text, file=None):
-        """Print on rank 0 only, above a progress bar. A reader that goes away (`| head`) does not end the run."""
+        """Print on rank 0 only, above a progress bar. If the reader has gone (`| head`), the run goes on."""
         if self.rank == 0:
             file = file or sys.stdout
             try:
@@ -257,14 +257,14 @@ class Dist:
                 silence(file)
 
     def gather(self, value):
-        """The values of all ranks, small ones. Waits for all."""
+        """[the value of each rank]; the values are pickled. Also a barrier."""
         values = [value] * self.world_size
         if self.world_size > 1:
             torch.distributed.all_gather_object(values, value)
         return values
 
     def together(self, function, *args):
-        """function(*args), called on every rank. What the user can mend ends all ranks, on whichever it is found."""
+        """function(*args), called on every rank. A UserError or OSError on one rank ends all of them."""
         result = problem = None
         try:
             result = function(*args)
@@ -276,7 +276,7 @@ class Dist:
         return result
 
     def on_rank0(self, function, *args):
-        """function(*args), called on rank 0 only; all ranks get the result."""
+        """function(*args), called on rank 0 only. All ranks get the result."""
         return self.gather(self.together(lambda: function(*args) if self.rank == 0 else None))[0]
 
     def sum(self, tensor):
@@ -426,21 +426,21 @@ def read_setup(args, dist):
 
 
 def claim(setup, until_exit):
-    """Lock --out, mark it as ours and return False; True if it holds the result of this run, to --resume.
+    """On rank 0: lock --out and mark it as ours. True if it holds the result of this run already, to --resume.
 
-    Raises UserError for a folder in use, or with something that is not to be replaced. Called on rank 0.
+    Raises UserError if the folder is in use, or holds something that must not be replaced.
     """
     out = Path(setup.args.out)
-    is_ours(out)  # else it is refused before anything is written there
+    is_ours(out)  # refuses a folder of others before anything is written there
     out.mkdir(parents=True, exist_ok=True)
     lock = until_exit.enter_context(open(out / ".lock", "a"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the run ends
     except BlockingIOError:
         user = read_json(out / RUN_FILE).get("cctuning") if (out / RUN_FILE).exists() else "another run"
-        raise UserError(f"{out}: is in use by {user}; wait for it, or give another --out") from None
-    except (OSError, AttributeError):  # AttributeError: Windows
-        setup.dist.print0(f"{out}: cannot be locked here; start no second run with this --out")
+        raise UserError(f"{out}: in use by {user}; wait for it, or give another --out") from None
+    except (OSError, AttributeError):  # a file system without locks; Windows
+        setup.dist.print0(f"{out}: cannot be locked; do not start a second run with this --out")
     if is_finished(setup):
         return True
     write_text(out / RUN_FILE, json.dumps({"cctuning": f"process {os.getpid()} on {socket.gethostname()}"}))
@@ -591,12 +591,12 @@ def fit_matrix(setup, cc):
 
 
 def doubt(info, config):
-    """Why a matrix with this info may serve little, in a line; None if nothing tells."""
+    """Why a matrix with this info may be of little use; None if there is no sign of that."""
     r_squared, problem = info["r_squared"], None
     if info["prompts"] * config.num_hidden_layers < config.hidden_size:
-        problem = f"{info['prompts']} prompts do not determine its {config.hidden_size} columns"
+        problem = f"{info['prompts']} prompts are too few to determine its {config.hidden_size} rows"
     elif sum(r is None or r <= 0 for r in r_squared) > len(r_squared) / 2:
-        problem = "in most layers it predicts no better than a mean (R^2 <= 0)"
+        problem = "in most layers it predicts no better than the mean would (R^2 <= 0)"
     return problem and f"Transform Matrix: {problem}; fit it on more prompts, or with --ridge 0.1"
 
 
@@ -672,8 +672,9 @@ class Checkpointer:
             if saved.get(name) != value:
                 raise UserError(f"{path}: was written with another --{name} ({saved.get(name)}, now {value}); "
                                 "give the same, or another --out")
-        files = sorted(saved["files"].items())[dist.rank::dist.world_size]
-        if path.name != f"step-{saved['step']:07d}" or any(sha256_of(path / name) != found for name, found in files):
+        files = sorted(saved.get("files", {}).items())[dist.rank::dist.world_size]
+        as_written = all(sha256_of(path / name) == found for name, found in files)
+        if not as_written or path.name != f"step-{saved.get('step', 0):07d}":
             raise UserError(f"{path}: damaged, or renamed; remove it to resume from the one before it")
 
     def resume(self):
@@ -797,7 +798,7 @@ def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
             dist.print0(f"epoch {epoch + 1}/{args.epochs}: validation loss {shown}")
 
         # save, after the last step too: fitting and saving may be interrupted
-        is_orphan = dist.torchrun not in (None, os.getppid())  # torchrun was killed: nobody else would end this
+        is_orphan = dist.torchrun not in (None, os.getppid())  # torchrun was killed
         is_stopping = dist.sum(torch.tensor(float(len(stop_signals) + is_orphan), device=dist.device)) > 0
         is_due = args.save_every and is_finite and (is_last or (step + 1) % args.save_every == 0)
         if is_stopping or is_due:

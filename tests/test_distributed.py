@@ -230,5 +230,5 @@ def test_gpu_of_a_process(monkeypatch):
     assert choose_device() == torch.device("cuda", 1)
     assert taken == [torch.device("cuda", 1)] and allowed == [False]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="more than 2, the GPUs"):
+    with pytest.raises(UserError, match="3 processes for 2 GPUs"):
         choose_device()

@@ -160,7 +160,7 @@ def test_two_runs(base, run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert run(*command(base.model, base.data, out))[0] == 0
     with open(out / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)  # a lock that is not shared is refused all the same
         before = files(out)
         code, _, err = run(*command(base.model, base.data, out, overwrite=True))
         assert code == 2 and f"in use by process {os.getpid()} on " in err and err.count("\n") == 1, err
@@ -170,7 +170,7 @@ def test_two_runs(base, run, tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(fcntl, "flock", no_locks)
     code, said, err = run(*command(base.model, base.data, out, overwrite=True))
-    assert code == 0 and said.count("cannot be locked") == 1, err
+    assert code == 0 and said.count("cannot be locked;") == 1, err
 
 
 # ---------------------------------------------------------------------------------------------------- outputs
@@ -313,7 +313,7 @@ def test_a_doubtful_matrix(base, ran, run, tmp_path):
     """Catches a matrix that the prompts do not determine, or that predicts nothing, given out as a good one."""
     out = tmp_path / "out"
     said = ran(*command(base.model, base.data, out, matrix_prompts=2))
-    line = "2 prompts do not determine its 24 columns; fit it on more prompts, or with --ridge"
+    line = "2 prompts are too few to determine its 24 rows; fit it on more prompts, or with --ridge"
     assert said.count(line) == 1
     code, _, err = run("infer", "--model", out, "--prompt=hello", "--max_new_tokens=2")
     assert code == 0 and err.count(line) == 1
@@ -362,14 +362,20 @@ def test_at_a_terminal(base, run, monkeypatch):
     assert code == 0 and asked == [0, 3] and "error: line 3: is " in err, err
 
 
-def test_a_terminal_of_few_characters(run, monkeypatch):
-    """Catches an answer lost for a character that the terminal lacks; and JSON that is none for its escapes."""
-    def main():
-        print("Nini \u0939\ud83d?")
-    with io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True) as narrow:
-        monkeypatch.setattr("sys.stdout", narrow)
-        run_script(main)
-        assert narrow.buffer.getvalue() == b"Nini \\u0939\\ud83d?\n"
+def test_a_terminal_of_few_characters(base, tmp_path, monkeypatch):
+    """Catches an answer lost for a character that the terminal lacks, and lines that are no JSON for its escapes."""
+    given = {"instruction": "a", "note": "h\u00e9 \u0939\ud83d"}
+    (tmp_path / "input").write_text(json.dumps(given))
+    main = infer.main
+    monkeypatch.setattr("sys.argv", ["infer", "--model", str(base.model), "--input", str(tmp_path / "input"),
+                                     "--max_new_tokens=3"])
+    for encoding in ("ascii", "cp1252", "utf-8"):
+        for call in (lambda: print(given["note"]), main):
+            with io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) as narrow:
+                monkeypatch.setattr("sys.stdout", narrow)
+                run_script(call)
+                shown = narrow.buffer.getvalue().decode(encoding)
+        assert json.loads(shown).items() >= given.items()
 
 
 def test_a_reader_that_goes_away(base, monkeypatch, tmp_path):
@@ -462,9 +468,11 @@ def test_more_processes_than_gpus(monkeypatch):
     """Catches a CUDA error in place of a line."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="more than 2"):
-        train.Dist.start()
+    for settings in ({"LOCAL_WORLD_SIZE": "3"}, {"LOCAL_RANK": "2"}):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="3 processes|2 GPUs"):
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            train.Dist.start()
 
 
 # --------------------------------------------------------------------------------------------- several processes

@@ -260,7 +260,8 @@ def test_temperature(dice, ask, temperature):
 
 def test_cold_is_greedy(dice, ask):
     """Catches a default that samples, and a small temperature that does not come to the likeliest token."""
-    for option in ([], ["--temperature=0"], ["--temperature=0.001"], ["--seed=5", "--top_p=0.9"]):
+    for option in ([], ["--temperature=0"], ["--temperature=0.001"], ["--temperature=1e-40"],
+                   ["--seed=5", "--top_p=0.9"]):
         assert set(throw(ask, dice, *option, count=60)) == {"yes"}
 
 
