@@ -9,6 +9,7 @@ wrong, and its figures. With OUT set, lines and figures are also written to $OUT
 """
 import argparse
 import contextlib
+import gc
 import json
 import math
 import os
@@ -105,6 +106,7 @@ class Run:
         if not self.on_gpu:
             return 0.0
         peak = torch.cuda.max_memory_allocated() / 1e9
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return peak
