@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cctuning import CCTuning, load_cctuning
-from model import (DATA, TEMPLATES, Config, Help, KVCache, Record, Tokenizer, UserError, at_least, check_writable,
+from model import (DATA, TEMPLATE_NAMES, Config, Help, KVCache, Record, Tokenizer, UserError, at_least, check_writable,
                    choose_device, error_line, holds_model, pad, printable, process_ranks, read_json_lines, read_records,
                    relative, run_script, write_text)
 
@@ -65,7 +65,7 @@ def add_engine_options(parser, max_new_tokens=None, connections=None):
     by_task = "" if max_new_tokens else " (default: by task: summaries 128, options 24, others 32)"
     add("--max_new_tokens", type=at_least(1), default=max_new_tokens, metavar="N", help=f"longest answer{by_task}")
     add("--batch_size", type=at_least(1), default=16, metavar="N", help="prompts answered together")
-    add("--template", choices=TEMPLATES, help="chat template (default: the checkpoint's)")
+    add("--template", choices=TEMPLATE_NAMES, help="chat template (default: the checkpoint's)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the computation (default: as stored)")
 
 

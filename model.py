@@ -1,8 +1,8 @@
 """The decoder, its tokenizer and its checkpoint folder.
 
-The decoder is the Llama family's (Llama 2 and 3.x, Mistral, Qwen 2.5) under Hugging Face parameter names, so
-that checkpoints load without a rename table. One thing is new: the feed-forward network (FFN) takes a second
-input, a Fusion, which CC-Tuning adds to its output (MLP.forward).
+The decoder is the Llama family's (Llama 2 and 3.x, Mistral, Qwen 2.5 and 3, SmolLM3) under Hugging Face parameter
+names, so that checkpoints load without a rename table. One thing is new: the feed-forward network (FFN) takes a
+second input, a Fusion, which CC-Tuning adds to its output (MLP.forward).
 
     B      rows (prompts) in a batch            L      decoder layers
     T      tokens of a row                      d      hidden size
@@ -19,6 +19,7 @@ Errors in what the user gave are UserErrors: one line that names the file and sa
 read and write users' files stand at the end.
 """
 import argparse
+import datetime
 import errno
 import json
 import os
@@ -49,6 +50,11 @@ class UserError(Exception):
 
 # ------------------------------------------------------------------------------------------ configuration
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # the values of model_type that are implemented
+OTHERS = {  # part of another model_type: what it would need
+    "gemma": "scaled embeddings and other norms", "phi3": "fused projections", "cohere": "parallel blocks",
+    "olmo": "norms after the blocks", "granite": "multipliers", "mixtral": "experts", "moe": "experts",
+    "gpt_oss": "experts", "llama4": "experts", "deepseek": "experts", "vl": "images", "mistral3": "images"}
 SOURCES = ("decision_maker", "random", "mean")  # of the fused vector; or a layer's number (cctuning.py)
 ROPE_SCALING = {  # rope type: its numbers in config.json
     "default": (),
@@ -75,6 +81,9 @@ class Config:
     rope_scaling: dict             # {"rope_type": "llama3" or "linear", "factor": ...}, or empty
     tie_word_embeddings: bool
     qkv_bias: bool
+    output_bias: bool              # of o_proj
+    qk_norm: bool                  # RMSNorm of each query and key head
+    rope_layers: tuple             # (L,) True: the layer's queries and keys are rotated
     initializer_range: float       # standard deviation of the Decision Maker's initial weights
     max_length: int                # positions the model was made for, or its shorter sliding window
     bos_token_id: int | None
@@ -88,83 +97,130 @@ class Config:
         """Read and check FOLDER/config.json, in the spelling of transformers 4 or 5.
 
         Raises UserError for what is missing, malformed or not implemented. To add a Llama-like model_type:
-        allow its name below, add a field for what differs (as `qkv_bias` for Qwen 2.5) and read that field in
-        the class concerned.
+        add its name to FAMILIES and a field for what differs (as `qkv_bias` for Qwen 2.5), and read that field
+        in the class concerned.
         """
         path = Path(folder) / "config.json"
         if not path.exists():
-            raise UserError(f"{path}: not found; --model takes a Hugging Face checkpoint folder")
+            problem = "--model takes a Hugging Face checkpoint folder"
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not Path(folder).exists():
+                problem = f"download it from the hub: hf download {folder} --local-dir {folder}"
+            raise UserError(f"{path}: not found; {problem}")
         raw = read_json(path)
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, 4
-
-        def require(condition, problem):
-            if not condition:
-                raise UserError(f"{path}: {problem}; restore the file")
-
-        def number(source, key, default=None, kind=int):
-            value = default if source.get(key) is None else source[key]
-            is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            require(is_number and 0 < value < 2 ** 31, f"{key} is {value!r}, expected a positive {kind.__name__}")
-            return kind(value)
-
-        require(isinstance(rope, dict), f"rope_scaling is {rope!r}, expected an object")
-        family, rope_type = raw.get("model_type"), rope.get("rope_type") or rope.get("type") or "default"
-        for feature, found in {
-            f"model_type {family!r}": family not in ("llama", "mistral", "qwen2"),
-            "quantization_config (quantised weights)": raw.get("quantization_config") is not None,
-            "attention_bias": raw.get("attention_bias"),
-            "mlp_bias": raw.get("mlp_bias"),
-            f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
-            f"rope type {rope_type!r}": str(rope_type) not in ROPE_SCALING,
-            "partial_rotary_factor": {**raw, **rope}.get("partial_rotary_factor", 1.0) != 1.0,
-        }.items():
-            if found:
-                raise UserError(f"{path}: {feature} is not implemented; use a Llama, Mistral or Qwen 2.5 without it")
-
-        sizes = {name: number(raw, name) for name in LARGEST}
+        read = ConfigReader(path, raw)
+        family, rope = read.check_implemented(), read.rope
+        sizes = {name: read.number(name) for name in LARGEST}
         for name, largest in LARGEST.items():  # before anything of that size is made
-            require(sizes[name] <= largest, f"{name} is {sizes[name]}, more than {largest}")
+            read.require(sizes[name] <= largest, f"{name} is {sizes[name]}, more than {largest}")
         hidden, layers, heads = sizes["hidden_size"], sizes["num_hidden_layers"], sizes["num_attention_heads"]
-        kv, head_dim = number(raw, "num_key_value_heads", heads), number(raw, "head_dim", hidden // heads)
-        require(heads % kv == 0 and head_dim % 2 == 0 and heads * head_dim <= LARGEST["hidden_size"]
-                and (raw.get("head_dim") or hidden % heads == 0),
-                f"hidden_size {hidden}, {heads} heads, {kv} key/value heads and head_dim {head_dim} do not fit")
-        scaling = {key: number(rope, key, kind=float) for key in ROPE_SCALING[rope_type]}
-        require(rope_type != "llama3" or scaling["high_freq_factor"] > scaling["low_freq_factor"],
-                "high_freq_factor must be larger than low_freq_factor")
-        max_length = number(raw, "max_position_embeddings", 2048)
-        if family == "mistral" or raw.get("use_sliding_window"):
-            max_length = min(max_length, number(raw, "sliding_window", max_length))
-        tied, eos = raw.get("tie_word_embeddings", False), raw.get("eos_token_id")
+        kv, head_dim = read.number("num_key_value_heads", heads), read.number("head_dim", hidden // heads)
+        read.require(heads % kv == 0 and head_dim % 2 == 0 and heads * head_dim <= LARGEST["hidden_size"]
+                     and (raw.get("head_dim") or hidden % heads == 0),
+                     f"hidden_size {hidden}, {heads} heads, {kv} key/value heads and head_dim {head_dim} do not fit")
+        scaling = {key: read.number(key, kind=float, source=rope) for key in ROPE_SCALING[read.rope_type]}
+        read.require(read.rope_type != "llama3" or scaling["high_freq_factor"] > scaling["low_freq_factor"],
+                     "high_freq_factor must be larger than low_freq_factor")
+        tied = raw.get("tie_word_embeddings", family == "smollm3") or False  # each family's default; null: False
+        eos, has_bias = raw.get("eos_token_id"), bool(raw.get("attention_bias"))
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        require(isinstance(tied, bool) and all(isinstance(i, int) for i in eos),
-                "tie_word_embeddings or eos_token_id is malformed")
-        info = raw.get("cctuning", {})
-        require(isinstance(info, dict) and isinstance(info.get("matrix", {}), dict), "cctuning is malformed")
-        languages, fusion = info.get("languages", []), info.get("fusion_layer", 0)
-        source = info.get("source_layer", "decision_maker")
-        require(isinstance(languages, list) and all(isinstance(lang, str) for lang in languages),
-                "cctuning.languages is not a list of language codes")
-        require(fusion in range(layers) and source in (*SOURCES, *range(layers)),
-                f"cctuning names the layers {fusion!r} and {source!r}, the model has {layers}")
+        read.require(isinstance(tied, bool) and all(isinstance(i, int) for i in eos),
+                     "tie_word_embeddings or eos_token_id is malformed")
+        has_bias &= family not in ("mistral", "qwen2")  # their configs may say so, transformers does not look
         return cls(
             **sizes,
             model_type=family,
             num_key_value_heads=kv,
             head_dim=head_dim,
-            rms_norm_eps=number(raw, "rms_norm_eps", 1e-6, float),
-            rope_theta=number(rope, "rope_theta", raw.get("rope_theta", 10000.0), float),
-            rope_scaling=dict(scaling, rope_type=rope_type) if scaling else {},
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6, float),
+            rope_theta=read.number("rope_theta", raw.get("rope_theta", 10000.0), float, rope, high=1e12),
+            rope_scaling=dict(scaling, rope_type=read.rope_type) if scaling else {},
             tie_word_embeddings=tied,
-            qkv_bias=family == "qwen2",
-            initializer_range=number(raw, "initializer_range", 0.02, float),
-            max_length=max_length,
+            qkv_bias=has_bias or family == "qwen2",
+            output_bias=has_bias,
+            qk_norm=family == "qwen3",
+            rope_layers=read.rope_layers(layers),
+            initializer_range=read.number("initializer_range", 0.02, float, low=0),
+            max_length=read.max_length(),
             bos_token_id=raw["bos_token_id"] if isinstance(raw.get("bos_token_id"), int) else None,
             eos_token_ids=tuple(eos),
-            fusion_layer=fusion,
-            source_layer=source,
-            cctuning=info,
+            **read.connection(layers),
         )
+
+
+class ConfigReader:
+    """The parts of a config.json, checked."""
+
+    def __init__(self, path, raw):
+        self.path, self.raw = path, raw
+        self.family = raw.get("model_type")
+        self.rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, 4
+        self.require(isinstance(self.rope, dict), f"rope_scaling is {self.rope!r}, expected an object")
+        self.rope_type = self.rope.get("rope_type") or self.rope.get("type") or "default"
+
+    def require(self, condition, problem):
+        if not condition:
+            raise UserError(f"{self.path}: {problem}; restore the file")
+
+    def number(self, key, default=None, kind=int, source=None, low=None, high=2 ** 31 - 1):
+        """The number source[key]: above 0, or from `low` on."""
+        value = default if (source or self.raw).get(key) is None else (source or self.raw)[key]
+        valid = isinstance(value, (int, kind)) and not isinstance(value, bool) and value <= high
+        self.require(valid and (value > 0 or value == low), f"{key} is {value!r}, expected a positive {kind.__name__}")
+        return kind(value)
+
+    def check_implemented(self):
+        """The model_type. Refuses what the code does not implement."""
+        raw = self.raw
+        why = next((why for part, why in OTHERS.items() if part in str(self.family)), "another architecture")
+        kinds = sorted({*(raw.get("layer_types") or [])} - {"full_attention", "sliding_attention"})
+        for feature, found in {
+            f"model_type {self.family!r} ({why})": self.family not in FAMILIES,
+            "quantization_config (quantised weights)": raw.get("quantization_config") is not None,
+            "mlp_bias": raw.get("mlp_bias"),
+            f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+            f"rope type {self.rope_type!r}": str(self.rope_type) not in ROPE_SCALING,
+            "partial_rotary_factor": {**raw, **self.rope}.get("partial_rotary_factor") not in (None, 1),
+            f"layer_types {kinds}": kinds,
+        }.items():
+            if found:
+                raise UserError(f"{self.path}: {feature} is not implemented; use a {', '.join(FAMILIES)} model without "
+                                "it, or extend Config.read in model.py")
+        return self.family
+
+    def rope_layers(self, layers):
+        """SmolLM3 leaves every fourth layer without rotary positions; its no_rope_layers says 1 where they are."""
+        listed = self.raw.get("no_rope_layers") if self.family == "smollm3" else [1] * layers
+        if listed is None:
+            interval = self.number("no_rope_layer_interval", 4)
+            listed = [(i + 1) % interval != 0 for i in range(layers)]
+        self.require(isinstance(listed, list) and len(listed) == layers and all(i in (0, 1) for i in listed),
+                     f"no_rope_layers is {listed!r}, expected a 0 or 1 for each of {layers} layers")
+        return tuple(map(bool, listed))
+
+    def max_length(self):
+        """Positions the model takes: stretched by linear scaling, unless said; at most the sliding window."""
+        length = self.number("max_position_embeddings", 2048)
+        if self.rope_type == "linear" and not self.raw.get("max_sequence_length"):
+            original = self.rope.get("original_max_position_embeddings")
+            length = length if original else int(length * self.number("factor", kind=float, source=self.rope))
+        length = max(length, self.number("max_sequence_length", length))
+        slides = (self.family == "mistral" or self.raw.get("use_sliding_window")
+                  or "sliding_attention" in (self.raw.get("layer_types") or []))
+        if slides and self.raw.get("sliding_window") not in (0, -1):
+            length = min(length, self.number("sliding_window", length))
+        return length
+
+    def connection(self, layers):
+        """The fields fusion_layer, source_layer and cctuning."""
+        info = self.raw.get("cctuning", {})
+        self.require(isinstance(info, dict) and isinstance(info.get("matrix", {}), dict), "cctuning is malformed")
+        languages, fusion = info.get("languages", []), info.get("fusion_layer", 0)
+        source = info.get("source_layer", "decision_maker")
+        self.require(isinstance(languages, list) and all(isinstance(lang, str) for lang in languages),
+                     "cctuning.languages is not a list of language codes")
+        self.require(fusion in range(layers) and source in (*SOURCES, *range(layers)),
+                     f"cctuning names the layers {fusion!r} and {source!r}, the model has {layers}")
+        return {"fusion_layer": fusion, "source_layer": source, "cctuning": info}
 
 
 # ------------------------------------------------------------------------------------------------ decoder
@@ -217,7 +273,9 @@ def rotary_embedding(config, positions):
 
 
 def rotate(x, rotary):
-    """Rotate x (B, heads, T, D) by its positions' angles: rotary (2, B or 1, 1, T, D)."""
+    """Rotate x (B, heads, T, D) by its positions' angles: rotary (2, B or 1, 1, T, D), or None for no rotation."""
+    if rotary is None:
+        return x
     cos, sin = rotary.to(x.dtype)
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # roll: the partner of each dimension
 
@@ -266,21 +324,24 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def split_heads(self, x):
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
+    def split_heads(self, x, norm=None):
+        x = x.unflatten(-1, (-1, self.head_dim))  # (B, T, heads, D)
+        return (x if norm is None else norm(x)).transpose(1, 2)  # (B, heads, T, D)
 
     def keys_values(self, x, rotary):
         """Keys and values (B, kv, T, D) of x (B, T, d)."""
-        return rotate(self.split_heads(self.k_proj(x)), rotary), self.split_heads(self.v_proj(x))
+        return rotate(self.split_heads(self.k_proj(x), self.k_norm), rotary), self.split_heads(self.v_proj(x))
 
     def forward(self, x, rotary, k, v, mask):
         """The queries of x (B, T, d) attend to k, v (B, kv, K, D): (B, T, d).
 
         mask (B or 1, 1, T, K): True where a query may look; None: causal, K = T.
         """
-        q = rotate(self.split_heads(self.q_proj(x)), rotary)  # (B, heads, T, D)
+        q = rotate(self.split_heads(self.q_proj(x), self.q_norm), rotary)  # (B, heads, T, D)
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -348,7 +409,8 @@ class DecoderLayer(nn.Module):
             k, v = update_cache(k, v)
         if only_at is not None:
             x, h = (select_positions(t, only_at)[:, None] for t in (x, h))  # (B, 1, d)
-            rotary = rotary[:, 0, 0, :][:, only_at][:, :, None, None]  # (2, B, 1, 1, D)
+            if rotary is not None:
+                rotary = rotary[:, 0, 0, :][:, only_at][:, :, None, None]  # (2, B, 1, 1, D)
             keys = torch.arange(k.shape[2], device=x.device)
             mask = (keys <= only_at[:, None])[:, None, None]  # (B, 1, 1, K)
         x = x + self.self_attn(h, rotary, k, v, mask)
@@ -411,7 +473,7 @@ class Transformer(nn.Module):
             if i == config.fusion_layer:
                 fusion_input = x
             x, activation = layers[i](
-                x, rotary, mask,
+                x, rotary if config.rope_layers[i] else None, mask,
                 update_cache=partial(cache.update, i, positions=positions) if cache else None,
                 fusion=fusion if i == config.fusion_layer else None,
                 only_at=collect_at if is_last else None,
@@ -481,6 +543,14 @@ def weight_files(folder):
     for name, file in weight_map.items():
         files.setdefault(folder / file, []).append(name)
     return files
+
+
+def is_papers_checkpoint(folder):
+    """True if a Decision Maker of the paper's code is among the weights."""
+    try:
+        return any(PAPER_DECISION_MAKER in names for names in weight_files(folder).values())
+    except UserError:  # raised again when the weights are loaded
+        return False
 
 
 def assign(model, name, stored, dtype=None, device="cpu"):
@@ -625,12 +695,13 @@ def write_shards(folder, tensors, shard_bytes):
     write_text(folder / INDEX_FILE, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
 
 
-def save_checkpoint(out, source, tensors, info, extra=None, shard_bytes=5_000_000_000):
+def save_checkpoint(out, source, tensors, info, extra=None, shard_bytes=5_000_000_000, tokenizer=None):
     """Write a Hugging Face checkpoint folder; an old model in it is replaced once the new one is written.
 
     source: the folder that config.json and the tokenizer files are copied from.
     tensors: (name, tensor) pairs in the dtype to store, read one by one.
     info: becomes config.json's entry "cctuning".  extra: {name: tensor} of cctuning.safetensors.
+    tokenizer: of the source; the folder gets the chat template that it was made with.
     """
     out, source = Path(out), Path(source)
     staging = out / "saving.tmp"
@@ -639,6 +710,8 @@ def save_checkpoint(out, source, tensors, info, extra=None, shard_bytes=5_000_00
     write_shards(staging, tensors, shard_bytes)
     for name in tokenizer_files(source):
         shutil.copyfile(source / name, staging / name)
+    if tokenizer:
+        tokenizer.save(staging)
     if extra:
         save_file({name: t.contiguous() for name, t in extra.items()}, staging / CCTUNING_FILE)
     info = {**info, "files": sorted(path.name for path in staging.iterdir())}
@@ -666,159 +739,425 @@ def save_checkpoint(out, source, tensors, info, extra=None, shard_bytes=5_000_00
 # -------------------------------------------------------------------------- chat template and tokenizer
 
 class Template(NamedTuple):
-    """How a prompt {x} becomes the model's input. Special tokens are encoded by name, the rest as text.
-
-    connection_index: the connection position, counted from the prompt's end; None: the first token of the
-        role's name ("assistant"), found by encoding the text after the last special token.
-    """
-    text: str
+    """One of the paper's chat templates. Special tokens are encoded by name, the rest as text."""
+    turn: str                       # the user's words {x}, and what begins the assistant's turn
     special: tuple = ()             # the special tokens in it
     end_of_turn: str | None = None  # None: the model's EOS
-    connection_index: int | None = -1
+    system: str = ""                # before the first turn
 
 
 TEMPLATES = {
     "llama3": Template("<|start_header_id|>user<|end_header_id|>\n\n{x}<|eot_id|>"
                        "<|start_header_id|>assistant<|end_header_id|>\n\n",
                        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
-    "chatml": Template("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-                       "<|im_start|>user\n{x}<|im_end|>\n<|im_start|>assistant\n",
-                       ("<|im_start|>", "<|im_end|>"), "<|im_end|>", None),
-    # SentencePiece puts a space before each text it encodes: the one between [INST] and the prompt. The
-    # connection position is the token before [/INST].
-    "mistral": Template("[INST]{x} [/INST]", ("[INST]", "[/INST]"), None, -2),
+    "chatml": Template("<|im_start|>user\n{x}<|im_end|>\n<|im_start|>assistant\n",
+                       ("<|im_start|>", "<|im_end|>"), "<|im_end|>",
+                       "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"),
+    # SentencePiece puts the space between [INST] and the prompt, as before each text after a special token.
+    "mistral": Template("[INST]{x} [/INST]", ("[INST]", "[/INST]")),
     "llama2": Template("[INST] {x} [/INST]"),
     "plain": Template("{x}\n"),
 }
+TEMPLATE_NAMES = ("own", *TEMPLATES)  # own: the checkpoint's
+JINJA = ("{{ START }}{% for m in messages %}{% if m['role'] == 'user' %}{{ BEFORE + m['content'] + AFTER }}"
+         "{% elif m['role'] == 'assistant' %}{{ m['content'] + END }}"
+         "{% else %}{{ raise_exception('trained with user and assistant turns only') }}{% endif %}{% endfor %}")
+TODAY = datetime.datetime(2024, 7, 26)  # in every prompt: it must not change from day to day
+DEFAULTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}  # variables of chat templates
+WORDS, ANSWER = "\ue000", "\ue001"  # placeholders, of the private use area
+
+
+def freeze(source):
+    """A chat template that renders the same on any day, and without thinking unless asked for."""
+    source = re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda m: json.dumps(TODAY.strftime(m[2])), source)
+    for name, value in DEFAULTS.items():
+        line = f"{{%- set {name} = {name} | default({json.dumps(value)}) %}}\n"
+        source = line + source if name in source and line not in source else source
+    return source
+
+
+def compile_jinja(source):
+    """A chat template, compiled with the options, filters and functions that transformers gives it."""
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks the answer for transformers, and changes no text."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals.update(raise_exception=raise_exception, strftime_now=TODAY.strftime)
+    return environment.from_string(source)
+
+
+def without_prefix(part):
+    """For json's object_hook: a tokenizer.json that puts no space before a text."""
+    if "normalizers" in part:
+        part["normalizers"] = [n for n in part["normalizers"] if n["type"] != "Prepend"]
+    if part.get("type") == "Prepend":  # in a sequence it is removed, alone it does nothing
+        part["prepend"] = ""
+    if part.get("type") in ("Metaspace", "ByteLevel") and "add_prefix_space" in part:
+        part["add_prefix_space"] = False
+    if "prepend_scheme" in part:
+        part["prepend_scheme"] = "never"
+    return part
+
+
+def user_defined_pieces(proto):
+    """{text: id} of the user-defined pieces of a SentencePiece model; its package does not tell them.
+
+    The model is a protobuf message. It begins with the pieces, each 0x0A, a length and a message of text
+    (0x0A, a length), score (0x15, 4 bytes) and, unless it is an ordinary piece, type (0x18; 4: user-defined).
+    """
+    found, position, i = {}, 0, 0
+    while position < len(proto) and proto[position] == 0x0A:
+        size, position = proto[position + 1], position + 2
+        if size > 127:  # a length of two bytes
+            size, position = size - 128 + 128 * proto[position], position + 1
+        piece, position = proto[position:position + size], position + size
+        if piece[-2:] == b"\x18\x04" and piece[-7:-6] == b"\x15" and piece[1] == len(piece) - 9:
+            found[piece[2:-7].decode()] = i
+        i += 1
+    return found
+
+
+class Turn(NamedTuple):
+    """A rendered turn, cut at special tokens: ids, and the one text that has the user's words or the answer."""
+    before: list   # ids
+    left: str      # the text before the words
+    right: str     # ... and after them
+    after: list    # ids
+    strip: list    # [left, right]: True if the words lose their white space there
+    prefix: bool   # True if the tokenizer puts a space before the text
 
 
 class Tokenizer:
     """Text to ids and back in the checkpoint's chat template, for training, inference and evaluation.
 
+    template: its name.  jinja: the chat template that makes transformers' prompts equal to these.
     connection_index: the connection position, counted from a prompt's end (-1: its last token).
     end_of_turn: the id that ends an answer.  stop: all ids that end decoding.
+    control: {text: id} of the tokens that no text may become: special ones and those of the template.
     notice: a line to show the user, or None.
     Raises UserError for missing or malformed files, or files that lack what the template needs.
     """
 
     def __init__(self, folder, config, template=None):
-        folder, self.notice = Path(folder), None
-        settings, generation = (read_json(folder / name) if (folder / name).exists() else {}
-                                for name in ("tokenizer_config.json", "generation_config.json"))
+        self.folder, self.notice = Path(folder), None
         names = ("tokenizer.model", "tokenizer.json")
-        path = next((folder / name for name in names if (folder / name).exists()), None)
-        if path is None:
+        self.path = next((self.folder / name for name in names if (self.folder / name).exists()), None)
+        if self.path is None:
             raise UserError(f"{folder}: no {' or '.join(names)}; copy the base model's tokenizer there")
-        read = self._read_sentencepiece if path.suffix == ".model" else self._read_tokenizer_json
+        self.settings, self.generation, special_map, listed, contents = map(self._read_optional, (
+            "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json",
+            "tokenizer.json"))
+        read = self._read_sentencepiece if self.path.suffix == ".model" else self._read_tokenizer_json
         try:
-            read(path, settings, config)
+            self._collect_tokens(special_map, listed, contents)
+            read(contents, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: it or tokenizer_config.json is malformed ({error!r}); restore both") from None
-        needed = max([self.size, *(i + 1 for i in self.control.values())])
-        if needed > config.vocab_size:
-            raise UserError(f"{path}: has {needed} tokens, the model {config.vocab_size}; one is of another model")
-        self.template = template or config.cctuning.get("template") or self._recognise_template(folder, settings)
-        if not isinstance(self.template, str) or self.template not in TEMPLATES:
-            raise UserError(f"{folder}: unknown template {self.template!r}; there are {', '.join(TEMPLATES)}")
-        self._compile_template(TEMPLATES[self.template], path)
-        self._set_stop_ids(TEMPLATES[self.template], generation, config, folder)
+            raise UserError(f"{self.path}: it or tokenizer_config.json is malformed ({error!r}); restore "
+                            "both") from None
+        self._set_eos(config)
+        self.template = template or config.cctuning.get("template") or self._choose_template()
+        if not isinstance(self.template, str) or self.template not in TEMPLATE_NAMES:
+            raise UserError(f"{folder}: unknown template {self.template!r}; there are {', '.join(TEMPLATE_NAMES)}")
+        self._compile(self._own_template() if self.template == "own" else self._papers_template(), config)
 
-    def _read_sentencepiece(self, path, settings, config):
+    def _read_optional(self, name):
+        return read_json(self.folder / name) if (self.folder / name).exists() else {}
+
+    # ---- the vocabulary
+
+    def _collect_tokens(self, special_map, listed, contents):
+        """Set added, {text: token} of what is listed beside the vocabulary, and named, {"bos_token": text, ...}."""
+        self.added = {text: {"id": i} for text, i in listed.items()}
+        for i, token in (self.settings.get("added_tokens_decoder") or {}).items():
+            self.added[token["content"]] = dict(token, id=int(i))
+        self.added.update((token["content"], token) for token in contents.get("added_tokens") or [])
+        self.named, extra = {}, []
+        for key, value in {**special_map, **self.settings}.items():
+            if key in ("additional_special_tokens", "extra_special_tokens"):
+                extra += value.values() if isinstance(value, dict) else value or []
+            elif key.endswith("_token") and not isinstance(value, bool):
+                self.named[key] = value["content"] if isinstance(value, dict) else value
+        self._extra = {t["content"] if isinstance(t, dict) else t for t in extra}
+
+    def _set_special(self, id_of, defaults):
+        """Set bos and eos, and mark the tokens that are special; id_of(text): an id or None."""
+        self.named = {**defaults, **self.named}
+        for text in {*self.named.values(), *self._extra} - {None, ""}:
+            if text in self.added or id_of(text) is not None:
+                token = self.added.setdefault(text, {"id": id_of(text)})
+                self.added[text] = dict(token, special=True)
+        self.bos, self.eos = (self.added.get(self.named.get(key), {}).get("id") for key in ("bos_token", "eos_token"))
+
+    def _set_eos(self, config):
+        """Set the EOS ids that the configs list, and eos to the first where the tokenizer has none."""
+        listed = self.generation.get("eos_token_id")
+        listed = [*(listed if isinstance(listed, list) else [listed]), *config.eos_token_ids]
+        if not all(i is None or isinstance(i, int) for i in listed):
+            raise UserError(f"{self.folder}/generation_config.json: eos_token_id is {listed!r}; restore the file")
+        self._listed = [i for i in listed if i is not None and 0 <= i < config.vocab_size]
+        self.eos = self._listed[0] if self.eos is None and self._listed else self.eos
+
+    def _read_sentencepiece(self, contents, config):
         import sentencepiece
+        proto = self.path.read_bytes()
         try:
-            sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            # Protobuf messages merge when concatenated: this sets normalizer_spec.add_dummy_prefix to false.
+            bare = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except (RuntimeError, OSError):
-            raise UserError(f"{path}: not a SentencePiece model; restore it, or remove it for tokenizer.json") from None
-        self.encode, self._decode, self.size = sp.encode, sp.decode, sp.get_piece_size()
-        self.control = {sp.id_to_piece(i): i for i in range(self.size) if sp.is_control(i)}
-        # Special tokens added after training are listed in tokenizer_config.json.
-        for i, token in (settings.get("added_tokens_decoder") or {}).items():
-            if token.get("special") and int(i) >= self.size:
-                self.control[token["content"]] = int(i)
-        self.bos, self.eos = (i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id()))
+            raise UserError(f"{self.path}: not a SentencePiece model; restore it, or remove it for "
+                            "tokenizer.json") from None
+        self._decode, self.size = sp.decode, sp.get_piece_size()
+        self._encode = lambda text, prefix: (sp if prefix else bare).encode(text)
+        for i in filter(sp.is_control, range(self.size)):
+            self.added.setdefault(sp.id_to_piece(i), {"id": i})["special"] = True
+        for text, i in user_defined_pieces(proto).items():
+            if len(text) > 1 and re.search(r"\w", text):  # not pieces of white space
+                self.added.setdefault(text, {"id": i})
+        self.added = {text: token for text, token in self.added.items()  # else another token has the id
+                      if token["id"] >= self.size or token["id"] == sp.piece_to_id(text)}
+        special = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
+        self._set_special(lambda text: None if sp.is_unknown(i := sp.piece_to_id(text)) else i,
+                          {key: sp.id_to_piece(i) for key, i in special.items() if i >= 0})
 
-    def _read_tokenizer_json(self, path, settings, config):
+        # Since transformers' legacy mode ended, only a text at the very start gets SentencePiece's space.
+        scheme = "always" if self.settings.get("legacy") in (None, True) else "first"
+        if "model" in contents and self.settings.get("add_prefix_space") is None:  # transformers reads it then
+            scheme = self._prefix_scheme(contents)
+        self.prefix = "never" if self.settings.get("add_prefix_space") is False else scheme
+
+        def cut(text):
+            """Split a text at added tokens: [text or id]."""
+            patterns = [r"\s*" * token.get("lstrip", False) + re.escape(name) + r"\s*" * token.get("rstrip", False)
+                        for name, token in sorted(self.added.items(), key=lambda item: -len(item[0]))]
+            parts = enumerate(re.split(f"({'|'.join(patterns)})", text))
+            ids = {name.strip(): token["id"] for name, token in self.added.items()}
+            return [ids[part.strip()] if i % 2 else part for i, part in parts if part]
+        self._cut = cut
+
+    def _read_tokenizer_json(self, contents, config):
         try:
             import tokenizers
         except ImportError:
-            raise UserError(f"{path}: needs the tokenizers package; pip install tokenizers") from None
-        contents = read_json(path)
-        added = contents.get("added_tokens") or []
-        self.control = {t["content"]: t["id"] for t in added if t.get("special")}
-        for token in added:  # with encode_special_tokens: text never becomes an added token
-            token["special"] = True
-        try:
-            tk = tokenizers.Tokenizer.from_str(json.dumps(contents))
-        except Exception as error:  # the package raises plain Exception
-            raise UserError(f"{path}: not a tokenizer ({error}); restore the file") from None
-        tk.encode_special_tokens = True
-        self.encode = lambda text: tk.encode(text, add_special_tokens=False).ids
+            raise UserError(f"{self.path}: needs the tokenizers package; pip install tokenizers") from None
+        contents.update(truncation=None, padding=None)  # settings of some training run
+        contents["model"]["dropout"] = None
+
+        def load(text):
+            try:
+                return tokenizers.Tokenizer.from_str(text)
+            except Exception as error:  # the package raises plain Exception
+                raise UserError(f"{self.path}: not a tokenizer ({error}); restore the file") from None
+
+        tk = load(json.dumps(contents))
+        unnamed = not self.settings and not self.named and config.bos_token_id is not None
+        self._set_special(tk.token_to_id, {"bos_token": tk.id_to_token(config.bos_token_id)} if unnamed else {})
+        known = {token["content"] for token in contents.get("added_tokens") or [] if token.get("special")}
+        flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
+        for name, token in sorted(self.added.items(), key=lambda item: item[1]["id"]):
+            if name not in known:
+                tk.add_tokens([tokenizers.AddedToken(name, **{k: token[k] for k in flags if k in token})])
+            self.added[name] = dict(token, id=tk.token_to_id(name))
+        self.prefix = self._prefix_scheme(contents)
+        bare = tk if self.prefix == "never" else load(json.dumps(json.loads(tk.to_str(), object_hook=without_prefix)))
         self._decode = lambda ids: tk.decode(ids, skip_special_tokens=False)
         self.size = tk.get_vocab_size(with_added_tokens=True)
 
-        def id_of(key):
-            token = settings.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
-            return tk.token_to_id(token) if token else None
+        def encode(text, prefix):
+            chosen = tk if prefix else bare
+            chosen.encode_special_tokens = True  # text does not become a special token
+            return chosen.encode(text, add_special_tokens=False).ids
+        self._encode = encode
 
-        self.bos, self.eos = id_of("bos_token") if settings else config.bos_token_id, id_of("eos_token")
+        def cut(text):
+            """Split a text at added tokens: [text or id]."""
+            tk.encode_special_tokens, start, parts = False, 0, []
+            found, added = tk.encode(text, add_special_tokens=False), {token["id"] for token in self.added.values()}
+            for i, (begin, end) in zip(found.ids, found.offsets, strict=True):
+                if i in added:
+                    parts, start = [*parts, text[start:begin], i], end
+            return [part for part in [*parts, text[start:]] if part != ""]
+        self._cut = cut
 
-    def _recognise_template(self, folder, settings):
-        """The name of a template whose special tokens the tokenizer has."""
-        for name, template in TEMPLATES.items():
-            if template.special and self.control.keys() >= set(template.special):
-                return name
-        jinja = folder / "chat_template.jinja"
-        if "[INST]" in (read_text(jinja) if jinja.exists() else str(settings.get("chat_template"))):
-            raise UserError(f"{folder}: [INST] of its chat template is not a special token; give --template llama2 "
-                            "or mistral")
-        self.notice = f"{folder}: no chat template recognised, using plain (--template names another)"
-        return "plain"
+    @staticmethod
+    def _prefix_scheme(contents):
+        """Which texts a tokenizer.json puts a space before: always, first (at a prompt's start) or never."""
+        text = json.dumps([contents.get("normalizer"), contents.get("pre_tokenizer")])
+        if '"prepend_scheme": "first"' in text:
+            return "first"
+        always = ('"prepend_scheme": "always"', '"Prepend"', '"add_prefix_space": true')
+        return "always" if any(sign in text for sign in always) else "never"
 
-    def _compile_template(self, template, path):
+    # ---- the chat template
+
+    def _chat_template(self):
+        """The folder's chat template: chat_template.jinja, or that of tokenizer_config.json; None if absent."""
+        if (self.folder / "chat_template.jinja").exists():
+            return read_text(self.folder / "chat_template.jinja")
+        template = self.settings.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        return template
+
+    def _choose_template(self):
+        """The name of the checkpoint's template: its own, or the one that its special tokens tell."""
+        by_tokens = next((name for name, template in TEMPLATES.items()
+                          if template.special and self.added.keys() >= set(template.special)), None)
+        own = self._chat_template()
+        if own and not (by_tokens and is_papers_checkpoint(self.folder)):
+            return "own"
+        if by_tokens is None:
+            self.notice = f"{self.folder}: no chat template, using plain (--template names another)"
+        return by_tokens or "plain"
+
+    def _own_template(self):
+        """render(words, answer=None) of the checkpoint's own chat template."""
+        def render(words, answer=None):
+            messages = [{"role": "user", "content": words}]
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+            return compiled.render(messages=messages, add_generation_prompt=answer is None, tools=None,
+                                   documents=None, **{key: text for key, text in self.named.items() if text})
+
+        source = self._chat_template()
+        if not isinstance(source, str):
+            raise UserError(f"{self.folder}: has no chat template of its own; give --template NAME")
+        try:
+            self.jinja = freeze(source)
+            compiled = compile_jinja(self.jinja)
+            render(WORDS, ANSWER)
+        except Exception as error:  # a template can raise anything
+            raise UserError(f"{self.folder}: its chat template fails ({error}); correct it, or give --template "
+                            "NAME") from None
+        return render
+
+    def _papers_template(self):
+        """render(words, answer=None) of one of TEMPLATES."""
+        template = TEMPLATES[self.template]
         for name in template.special:
-            if name not in self.control:
-                raise UserError(f"{path}: lacks {name} of the template {self.template}; give another --template")
-            if self.control[name] in self.encode(name):
-                raise UserError(f"{path}: the text {name} would become a special token; make it a control piece")
-        between = "|".join(f"({re.escape(name)})" for name in template.special) or r"(?!)"
-        # Special tokens become ids now; the texts between them are encoded with the prompt in place.
-        self._pieces = [self.control[piece] if piece in template.special else piece
-                        for piece in re.split(between, template.text) if piece]
-        self.connection_index = template.connection_index
-        if self.connection_index is None:
-            self.connection_index = -len(self.encode(self._pieces[-1]))
+            if name not in self.added:
+                raise UserError(f"{self.path}: lacks {name} of the template {self.template}; give another --template")
+        start, bos, (before, after) = template.system, self._text_of(self.bos), template.turn.split("{x}")
+        if bos and self.settings.get("add_bos_token") is not False and not (start + before).startswith(bos):
+            start = bos + start  # SmolLM2's BOS is the <|im_start|> that the template begins with
+        end = template.end_of_turn or self._text_of(self.eos)
+        self.jinja = JINJA
+        for name, text in {"START": start, "BEFORE": before, "AFTER": after, "END": end}.items():
+            self.jinja = self.jinja.replace(name, json.dumps(text, ensure_ascii=False))
+        return lambda words, answer=None: start + before + words + after + ("" if answer is None else answer + end)
 
-    def _set_stop_ids(self, template, generation, config, folder):
-        listed = generation.get("eos_token_id", [])
-        listed = [*(listed if isinstance(listed, list) else [listed]), *config.eos_token_ids]
-        if not all(isinstance(i, int) for i in listed):
-            raise UserError(f"{folder}/generation_config.json: eos_token_id is {listed!r}; restore the file")
-        if template.end_of_turn is None and self.eos is None and not listed:
-            raise UserError(f"{folder}: no EOS token in any of its files; add eos_token_id to config.json")
-        self.eos = listed[0] if self.eos is None and listed else self.eos
-        self.end_of_turn = self.eos if template.end_of_turn is None else self.control[template.end_of_turn]
-        self.stop = {self.end_of_turn, *listed} | ({self.eos} - {None})
+    def _text_of(self, i):
+        return next((text for text, token in self.added.items() if token["id"] == i), "")
+
+    def _compile(self, render, config):
+        """Render the template once, around placeholders, and cut it at special tokens."""
+        prompt, dialogue = render(WORDS), render(WORDS, ANSWER)
+        if prompt.count(WORDS) != 1:
+            raise UserError(f"{self.folder}: its chat template has the prompt {prompt.count(WORDS)} times; give "
+                            "--template NAME")
+        before, _, after = dialogue.rpartition(ANSWER)
+        between = before[len(prompt):] if before.startswith(prompt) else ""  # not so for thinking templates
+        parts, answer_parts = self._cut(prompt), self._cut(between + ANSWER + after)
+        used = {part for part in (*parts, *answer_parts) if isinstance(part, int)}
+        self.control = {text: token["id"] for text, token in self.added.items()
+                        if token.get("special") or token["id"] in used}
+        self._hidden = {token["id"] for token in self.added.values() if token.get("special")}
+        unused = self.control.get(self.named.get("pad_token"))
+        needed = max([self.size, *(i + 1 for i in self.control.values() if i in used or i != unused)])
+        if needed > config.vocab_size:
+            raise UserError(f"{self.path}: has {needed} tokens, the model {config.vocab_size}; one is of another model")
+        # What a text would become if it spelled a control token: its first character, and the rest.
+        self._spelled = {i: self._encode(text[:1], False) + self._encode(text[1:], False)
+                         for text, i in self.control.items() if i in self._encode(text, False)}
+
+        strip = [render(" " + WORDS) == prompt, render(WORDS + " ") == prompt]
+        self._prompt = self._turn(parts, WORDS, strip, prefix=True)
+        follows_text = self.template == "own" and isinstance(parts[-1], str)
+        strip = [render(WORDS, " " + ANSWER) == dialogue, render(WORDS, ANSWER + " ") == dialogue]
+        self._answer = self._turn(answer_parts, ANSWER, strip, not follows_text and (
+            self.prefix == "always" or self.template != "own"))
+        # The end of turn: the first special token after the answer, else EOS.
+        has_end = self._answer.after and not self._answer.right.strip()
+        if not has_end and self.eos is None:
+            raise UserError(f"{self.folder}: no EOS token in any of its files; add eos_token_id to config.json")
+        self._answer = self._answer._replace(after=self._answer.after[:1] if has_end else [self.eos],
+                                             right=self._answer.right if has_end else "")
+        self.end_of_turn = self._answer.after[0]
+        self.stop = {self.end_of_turn, *self._listed} | ({self.eos} - {None})
+
+        # The connection position, where the assistant's turn begins.
+        after, start = self._prompt.after, self.control.get("<|im_start|>")
+        self.connection_index = -1
+        if start in after[:-1]:
+            self.connection_index = -after[::-1].index(start)  # the token after it
+        elif after[-1:] == [self.control.get("[/INST]")] and (self._prompt.right or len(after) > 1):
+            self.connection_index = -2
+
+    def _turn(self, parts, placeholder, strip, prefix):
+        """The Turn of parts (ids and texts); prefix: a text at the start gets the tokenizer's space."""
+        at = next(n for n, part in enumerate(parts) if isinstance(part, str) and placeholder in part)
+        flags = {token["id"]: token for token in self.added.values()}
+        encoded = [[part] if isinstance(part, int) else self.encode(part, prefix if n == 0 else self.prefix == "always")
+                   for n, part in enumerate(parts)]
+        left, right = parts[at].split(placeholder)
+        if not left and at > 0:
+            strip[0] |= flags[parts[at - 1]].get("rstrip", False)
+        if not right and at + 1 < len(parts):
+            strip[1] |= flags[parts[at + 1]].get("lstrip", False)
+        return Turn(sum(encoded[:at], []), left, right, sum(encoded[at + 1:], []), strip,
+                    prefix if at == 0 else self.prefix == "always")
+
+    # ---- prompts and answers
+
+    def encode(self, text, prefix=True):
+        """Ids of a text, none of them a control token; prefix: the tokenizer may put a space before it."""
+        return [j for i in self._encode(text, prefix) for j in self._spelled.get(i, [i])]
+
+    def _fill(self, turn, words):
+        words = words.lstrip() if turn.strip[0] else words
+        words = words.rstrip() if turn.strip[1] else words
+        return [*turn.before, *self.encode(turn.left + words + turn.right, turn.prefix), *turn.after]
 
     def prompt(self, text):
-        """Ids of a prompt in the chat template, with exactly one BOS where the model has one.
-
-        The text never becomes a special token, whatever it spells.
-        """
-        ids = []
-        for piece in self._pieces:
-            ids += [piece] if isinstance(piece, int) else self.encode(piece.replace("{x}", text))
-        # SmolLM2's BOS is the <|im_start|> that the template begins with.
-        return ids if self.bos is None or ids[0] == self.bos else [self.bos, *ids]
+        """Ids of a prompt in the chat template. The text never becomes a control token, whatever it spells."""
+        return self._fill(self._prompt, text)
 
     def answer(self, text):
         """Ids of an answer, end of turn included."""
-        return [*self.encode(text), self.end_of_turn]
+        return self._fill(self._answer, text)
 
     def decode(self, ids):
-        """Text of ids; special tokens are left out."""
-        hidden = set(self.control.values())
-        return self._decode([i for i in ids if i not in hidden and i < self.size])
+        """Text of an answer's ids; special tokens are left out."""
+        text = self._decode([i for i in ids if i not in self._hidden and i < self.size])
+        return text.removeprefix(self._answer.left)
+
+    def save(self, folder):
+        """Write into a checkpoint folder the chat template and end of turn that were trained with.
+
+        transformers and vLLM then build the same prompts and stop where the model does.
+        """
+        names = {"bos_token": self.bos, "eos_token": self.eos}
+        settings = dict(self.settings) or {key: self._text_of(i) for key, i in names.items() if i is not None}
+        if self.prefix != "never":  # transformers 4 and 5 have different defaults
+            settings["legacy"] = self.prefix == "always"
+        settings["chat_template"] = self.jinja
+        write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False))
+        eos = [self.end_of_turn, *sorted(self.stop - {self.end_of_turn})]
+        write_text(folder / "generation_config.json", json.dumps({**self.generation, "eos_token_id": eos}, indent=2))
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would win over tokenizer_config.json
 
 
 # -------------------------------------------------------------------------------- users' input and files

@@ -51,7 +51,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cctuning import Batch, CCTuning, gumbel_noise, load_cctuning
-from model import (DATA, RUN_FILE, SOURCES, TEMPLATES, Config, Help, Tokenizer, UserError, at_least,
+from model import (DATA, RUN_FILE, SOURCES, TEMPLATE_NAMES, Config, Help, Tokenizer, UserError, at_least,
                    check_writable, choose_device, error_line, holds_model, is_ours, pad, printable, process_ranks,
                    read_json, read_records, read_text, refuse_nan, relative, run_script, save_checkpoint, silence,
                    sync, tokenizer_files, write_text)
@@ -110,7 +110,7 @@ def parse_args(argv=None):
     add("lr", at_least(0, float), "peak learning rate; 10%% warm-up, then cosine")
     add("max_length", at_least(2), "maximum tokens of prompt and answer; longer answers are cut (default: 1024, or "
         "what the model takes)")
-    add("template", help="chat template (default: the checkpoint's)", choices=TEMPLATES)
+    add("template", help="chat template (default: the checkpoint's)", choices=TEMPLATE_NAMES)
     add("seed", at_least(0), "of order, noise and the initial Decision Maker", default=0)
     add("english_grad", help="differentiate the English pass too, unlike the paper's published configuration",
         action="store_true")
@@ -821,7 +821,8 @@ def save_result(setup, cc, dtypes, info):
     if setup.dist.rank > 0:
         return list(map(len, tensors))  # take part in the gathering
     try:
-        save_checkpoint(out, args.model, tensors, info, extra, int(1e9 * args.max_shard_size))
+        save_checkpoint(out, args.model, tensors, info, extra, int(1e9 * args.max_shard_size),
+                        setup.tokenizer)
     except (UserError, OSError, SafetensorError) as error:
         shutil.rmtree(out / "saving.tmp", ignore_errors=True)
         raise UserError(f"{out}: cannot be written ({last_line(error)}); make room, then run again"

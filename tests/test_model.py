@@ -50,7 +50,8 @@ SIZES = {name: CONFIG[name] for name in ("model_type", "vocab_size", "hidden_siz
 DEFAULTS = {  # if config.json has nothing but SIZES
     "num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
     "rope_scaling": {}, "max_length": 2048, "tie_word_embeddings": False,
-    "initializer_range": 0.02, "bos_token_id": None, "eos_token_ids": (), "qkv_bias": False, "cctuning": {}}
+    "initializer_range": 0.02, "bos_token_id": None, "eos_token_ids": (), "qkv_bias": False, "cctuning": {},
+    "output_bias": False, "qk_norm": False, "rope_layers": (True,) * 4}
 OTHERS = {
     "num_key_value_heads": 1, "head_dim": 20, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
     "tie_word_embeddings": True, "initializer_range": 0.05, "bos_token_id": 7, "cctuning": {"method": "cc"}}
@@ -72,10 +73,26 @@ SPELLINGS = [  # more in config.json, and what then differs from DEFAULTS
     ({"model_type": "qwen2", **WINDOW, "use_sliding_window": True}, {"qkv_bias": True, "max_length": 64}),
     # rotary embedding, as transformers 4 spells it, earlier ones, and transformers 5
     ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
-    ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_scaling": {"rope_type": "linear", **LINEAR}}),
+    # linear scaling lengthens what the model takes, unless its config says so
+    ({"rope_scaling": {"type": "linear", "factor": 2}},
+     {"rope_scaling": {"rope_type": "linear", **LINEAR}, "max_length": 4096}),
+    ({"rope_scaling": {"type": "linear", "factor": 2}, "max_sequence_length": 3000},
+     {"rope_scaling": {"rope_type": "linear", **LINEAR}, "max_length": 3000}),
     ({"rope_parameters": {"rope_type": "default", **FIVE}}, FIVE),
     ({"rope_parameters": {"rope_type": "linear", **LINEAR, **FIVE}},
-     {"rope_scaling": {"rope_type": "linear", **LINEAR}, **FIVE}),
+     {"rope_scaling": {"rope_type": "linear", **LINEAR}, "max_length": 4096, **FIVE}),
+    # what publishers write
+    ({"rope_theta": 45.2e9, "initializer_range": 0, "tie_word_embeddings": None},
+     {"rope_theta": 45.2e9, "initializer_range": 0.0}),
+    *(({"model_type": "mistral", "sliding_window": none}, {}) for none in (0, -1)),
+    # other families
+    ({"attention_bias": True}, {"qkv_bias": True, "output_bias": True}),
+    ({"model_type": "qwen3"}, {"qk_norm": True}),
+    ({"model_type": "smollm3"}, {"rope_layers": (True, True, True, False), "tie_word_embeddings": True}),
+    ({"model_type": "smollm3", "no_rope_layers": [0, 1, 1, 1], "tie_word_embeddings": False},
+     {"rope_layers": (False, True, True, True)}),
+    ({"model_type": "smollm3", "no_rope_layers": None, "no_rope_layer_interval": 2},
+     {"rope_layers": (True, False, True, False), "tie_word_embeddings": True}),
 ]
 
 
@@ -186,8 +203,13 @@ def test_what_else_is_copied(checkpoint, tmp_path, ran):
         (source / name).write_text(content)
     (source / "README.md").write_text("of another model")
     out = copied(ran, source, tmp_path / "out")
-    for name in (*FILES, "tokenizer.model"):
+    changed = {"tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    for name in {*FILES, "tokenizer.model"} - changed:
         assert (out / name).read_bytes() == (source / name).read_bytes(), name
+    settings, generation = (json.loads((out / f"{name}_config.json").read_text())
+                            for name in ("tokenizer", "generation"))
+    assert settings["chat_template"] == FILES["chat_template.jinja"] and settings["padding_side"] == "left"
+    assert generation == {"eos_token_id": [2, 7], "temperature": 0.6} and not (out / "chat_template.jinja").exists()
     assert not (out / "README.md").exists()
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
     assert after.pop("cctuning")["method"] == "sft" and after == before
@@ -204,7 +226,7 @@ def test_saving_over_a_model_leaves_none_of_it(checkpoint, tmp_path, ran):
     (out / "saving.tmp" / "0.tmp").write_text("of a run that was killed")
     copied(ran, checkpoint("plain", "json"), out, overwrite=True)
     names = {"config.json", INDEX, "model-00001-of-00001.safetensors", "tokenizer.json",
-             "tokenizer_config.json", "train_log.jsonl", "notes.txt", "run.json", ".lock"}
+             "tokenizer_config.json", "generation_config.json", "train_log.jsonl", "notes.txt", "run.json", ".lock"}
     assert {path.name for path in out.iterdir()} == names
     assert worst_difference(tensors(out), tensors(checkpoint())) == 0
 

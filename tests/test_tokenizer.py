@@ -116,14 +116,9 @@ def test_template_that_is_chosen(checkpoint, tmp_path):
 
 
 def test_template_that_is_not_told(tmp_path):
-    """Catches [INST] as ordinary text answered in a wrong template, and plain chosen without a
-    notice."""
+    """Catches plain chosen without a notice."""
     folder = write_checkpoint(tmp_path / "model")
     assert "plain" in open_tokenizer(folder).notice
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "[INST] {{ x }} [/INST]"}))
-    with pytest.raises(UserError, match="--template"):
-        open_tokenizer(folder)
-    assert open_tokenizer(folder, "llama2").template == "llama2"
 
 
 def rewritten(folder, config=None, **files):
@@ -202,16 +197,15 @@ def test_bos_that_the_template_begins_with(tmp_path):
 
 
 def test_added_token_that_is_not_special(tmp_path):
-    """Catches prompt text that becomes an added token (such as a tool's tag), and answers that lose
-    one."""
+    """Catches a word added to the vocabulary kept out of text, and answers that lose one."""
     tokenizers = pytest.importorskip("tokenizers", reason=NEEDED)
     folder = write_checkpoint(tmp_path / "model", "llama3", "json")
     tk = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tk.add_tokens([tokenizers.AddedToken("<tool>", normalized=False)])
     tk.save(str(folder / "tokenizer.json"))
     t, tool = open_tokenizer(folder), tk.token_to_id("<tool>")
-    assert tool is not None and tool not in t.prompt("a <tool> b") and tool not in t.answer("<tool>")
-    assert spelt(t, t.answer("<tool>")) == "<tool><|eot_id|>" and t.decode([tool]) == "<tool>"
+    assert tool in t.prompt("a <tool> b") and t.answer("<tool>") == [tool, t.end_of_turn]
+    assert "<tool>" not in t.control and t.decode([tool]) == "<tool>"
 
 
 def test_tokens_added_to_a_sentencepiece_vocabulary(tmp_path):
