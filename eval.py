@@ -332,6 +332,11 @@ def is_contained(answer, gold, lang):
     return False
 
 
+def token_f1(found, gold):
+    common = sum((Counter(found) & Counter(gold)).values())
+    return 2 * common / (len(found) + len(gold)) if common else float(found == gold)
+
+
 def open_scores(answer, golds, lang):
     """{metric: 0 to 1, the best over the gold answers}: contained, exact match and token F1.
 
@@ -340,10 +345,8 @@ def open_scores(answer, golds, lang):
     """
     official, best = answer_tokens(answer, lang), {"contained": 0.0, "exact": 0.0, "f1": 0.0}
     for gold in golds:
-        shown = re.sub(r"^(\d+)\.0$", r"\1", gold)  # MKQA writes whole numbers as 3.0
-        words = answer_tokens(shown, lang)
-        common = sum((Counter(official) & Counter(words)).values())
-        f1 = 2 * common / (len(official) + len(words)) if common else float(official == words)
+        f1 = max(token_f1(official, answer_tokens(text, lang))  # MKQA writes whole numbers as 3.0
+                 for text in (gold, re.sub(r"^(\d+)\.0$", r"\1", gold)))
         given = plain_numbers(iso_dates(answer, lang) if is_date(gold) else answer, lang)
         wanted = plain_numbers(gold, lang)
         exact = answer_tokens(given, lang) == answer_tokens(wanted, lang)
@@ -404,7 +407,8 @@ def find_marks(answer, options, texts):
     if options[0].isdigit():
         return list(re.finditer(rf"(?<![\d{LATIN}.,])([{options}])(?![\d{LATIN}]|[.,]\d)", answer))
     marks = []
-    for m in re.finditer(rf"(?<![\d{LATIN}])([{options}{options.lower()}])(?![\d{LATIN}]|{ELISION})", answer):
+    alone = rf"(?<![\d{LATIN}])(?<![\d{LATIN}]\()([{options}{options.lower()}])(?![\d{LATIN}]|{ELISION})"  # nor P(A)
+    for m in re.finditer(alone, answer):
         before, after = answer[:m.start()], answer[m.end():]
         if m[1].islower():  # an option in brackets, at the start or after "Answer:", "the answer is"
             led = re.search(rf"(?:^|:|(?:{CUE})\w*\s+\w+){OPENING}$", before, re.IGNORECASE)
