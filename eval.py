@@ -332,29 +332,31 @@ def is_contained(answer, gold, lang):
     return False
 
 
-def token_f1(found, gold):
-    common = sum((Counter(found) & Counter(gold)).values())
-    return 2 * common / (len(found) + len(gold)) if common else float(found == gold)
+def token_f1(answer, gold, lang):
+    """The F1 of SQuAD and MLQA, but for MKQA's whole numbers, 3.0, which may be written 3 (and are not 30)."""
+    whole = (re.sub(r"(?<![\d.,])(\d+)\.0(?![.,]?\d)", r"\1", text) for text in (answer, gold))
+    found, wanted = (answer_tokens(text, lang) for text in whole)
+    common = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * common / (len(found) + len(wanted)) if common else float(found == wanted)
 
 
 def open_scores(answer, golds, lang):
     """{metric: 0 to 1, the best over the gold answers}: contained, exact match and token F1.
 
-    F1 is the official one of SQuAD and MLQA. The other two also know numbers in other spellings, MKQA's ISO
-    dates as they are written in its languages, and its "yes" and "no"; contained knows attached particles.
+    Contained and exact also know numbers in other spellings, MKQA's ISO dates as its languages write them, and
+    its "yes" and "no"; contained knows attached particles.
     """
-    official, best = answer_tokens(answer, lang), {"contained": 0.0, "exact": 0.0, "f1": 0.0}
+    best = {"contained": 0.0, "exact": 0.0, "f1": 0.0}
     for gold in golds:
-        f1 = max(token_f1(official, answer_tokens(text, lang))  # MKQA writes whole numbers as 3.0
-                 for text in (gold, re.sub(r"^(\d+)\.0$", r"\1", gold)))
         given = plain_numbers(iso_dates(answer, lang) if is_date(gold) else answer, lang)
         wanted = plain_numbers(gold, lang)
         exact = answer_tokens(given, lang) == answer_tokens(wanted, lang)
         contained = is_contained(given, wanted, lang)
         for word in LANGUAGE_TABLES["yes_no"].get(lang, {}).get(gold.casefold(), "").split():
             start = re.match(rf"\W*{word}(?:\b|(?<=[{UNSPACED}]))", normalize_text(answer).lower())
-            contained, exact = contained or bool(start), exact or official == answer_tokens(word, lang)
-        for metric, value in (("contained", contained), ("exact", exact), ("f1", f1)):
+            contained = contained or bool(start)
+            exact = exact or answer_tokens(answer, lang) == answer_tokens(word, lang)
+        for metric, value in (("contained", contained), ("exact", exact), ("f1", token_f1(answer, gold, lang))):
             best[metric] = max(best[metric], float(value))
     return best
 
@@ -686,17 +688,24 @@ def load_plot():
     return plot
 
 
+def commit():
+    """The commit of this code; None where it or git is missing."""
+    try:
+        command = ["git", "-C", HERE, "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 class Results:
     """What is measured: columns (a model with one connection), their scored answers, a result per cell."""
 
     def __init__(self, args):
         self.columns, self.answers, self.cells = [], [], []  # answers: {(task, lang): rows} of each column
         self.seconds = []  # (task, column, seconds) of each cell
-        code = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"],
-                              capture_output=True, text=True, check=False)
-        self.about = {"arguments": vars(args), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-                      "commit": code.stdout.strip() or None, "python": platform.python_version(),
-                      "torch": torch.__version__, "numpy": np.__version__, "models": {}}
+        self.about = {"arguments": vars(args), "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(),
+                      "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                      "models": {}}
 
     def add(self, column, task, lang, rows, seconds, **about):
         """Take over a column's scored answers to a task in one language. about: model and connection."""

@@ -128,7 +128,8 @@ def test_choice_as_a_reader():
     ("el", "η Αθήνα", "Αθήνα", 1, 1, 1), ("fr", "l'Allemagne", "Allemagne", 1, 1, 1),
     ("ar", "١٩٩٩", "1999", 1, 1, 1), ("en", "308\u200b", "308", 1, 1, 1),
     ("tr", "İstanbul", "istanbul", 1, 1, 1), ("tr", "ISPARTA", "ısparta", 1, 1, 1),
-    ("ja", "3", "3.0", 1, 1, 1), ("ja", "30", "3.0", 0, 0, 0), ("ko", "서울 특별시", "서울", 1, 0, 2 / 3),
+    ("ja", "3", "3.0", 1, 1, 1), ("ja", "3.0", "3.0", 1, 1, 1), ("ja", "30", "3.0", 0, 0, 0),
+    ("ko", "서울 특별시", "서울", 1, 0, 2 / 3),
     ("pt", "O Brasil", "Brasil", 1, 1, 1), ("en", "", "x", 0, 0, 0),
 ])
 def test_open_scores(lang, answer, gold, contained, exact, f1):
@@ -170,7 +171,7 @@ def test_open_scores(lang, answer, gold, contained, exact, f1):
     # yes and no
     ("de", "Nein, das stimmt nicht", "no", 1, 0), ("de", "nein", "no", 1, 1),
     ("de", "Neinsager", "no", 0, 0), ("ja", "いいえ、違います", "no", 1, 0), ("zh", "是的", "yes", 1, 0),
-    ("zh", "不是", "yes", 0, 0), ("ko", "네.", "yes", 1, 1),
+    ("zh", "不是", "yes", 0, 0), ("ko", "네.", "yes", 1, 1), ("ja", "はい", "yes", 1, 1),
 ])
 def test_spellings(lang, answer, gold, contained, exact):
     """Catches a particle taken for another word or a word for a particle, a number that loses its sign or
@@ -647,6 +648,37 @@ def test_answers_are_kept(score, run, tmp_path, monkeypatch):
     code, _, err = run("eval", "--model", "model", "--data", "bench", "--out", tmp_path / "scores", "--limit=1",
                        "--rescore")
     assert code == 2 and "sw.jsonl: has not 1 answers" in err
+
+
+def test_results_grow(run, tmp_path, monkeypatch):
+    """Catches results that are lost when a later part fails, models that write over one another's answers,
+    and an evaluation that a missing git ends."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "a").mkdir()
+    for folder, says in (("a/b", "1"), ("a_b", "2")):
+        write_parrot(tmp_path / folder, {"?": says})
+    write_task(tmp_path / "bench", "XNLI", "sw", [("Gani?", "1")] * 2)
+    write_task(tmp_path / "bench", "facts", "sw", [("Gani?", "1")])
+    score_row = sys.modules["eval"].score_row
+
+    def fails_late(task, lang, item, row):
+        assert (task, row["answer"]) != ("facts", "2"), "stopped"
+        return score_row(task, lang, item, row)
+    monkeypatch.setattr("eval.score_row", fails_late)
+    command = ("eval", "--model", "a/b", "a_b", "--data", "bench", "--out", "scores")
+    with pytest.raises(AssertionError, match="stopped"):
+        run(*command)
+    found = json.loads((tmp_path / "scores" / "results.json").read_text())
+    cells = [(row["column"], row["task"]) for row in found["results"]]
+    assert cells == [("a/b", "XNLI"), ("a/b", "facts"), ("a_b", "XNLI")]
+    markdown = (tmp_path / "scores" / "results.md").read_text()
+    assert "| facts | sw | 100.0 (20.7-100.0) |  |" in markdown and "| XNLI | mean | a_b | -100.0 |" in markdown
+    assert found["commit"] is None and found["models"]["a_b"]["template"] == "plain"
+    monkeypatch.setattr("eval.score_row", score_row)
+    code, out, err = run(*command)
+    assert code == 0 and "a_b: facts sw: exact 0.0, 1 items, 0 s\n" in err
+    assert {path.name for path in (tmp_path / "scores" / "answers").iterdir()} == {"a_b_none", "a_b+_none"}
 
 
 def test_defaults(tmp_path, run, monkeypatch):
