@@ -212,9 +212,10 @@ def give_answers(engine, model, path, task, items, args, dist):
 
 
 def read_answers(path, count, wanted=None):
-    """The `count` rows of a file of answers; None if there are more or fewer, or their digest is not the wanted one."""
+    """The `count` rows of a file of answers; None if there are more or fewer, or others than wanted (a digest)."""
     rows = [row for _, row in read_json_lines(path)] if path.exists() else []
-    return rows if len(rows) == count and all(wanted in (None, row.get("digest")) for row in rows) else None
+    valid = all(isinstance(row, dict) and wanted in (None, row.get("digest")) and "tokens" in row for row in rows)
+    return rows if valid and len(rows) == count else None
 
 
 # ----------------------------------------------------------------------------------------------- scoring

@@ -12,7 +12,7 @@ import torch
 
 import infer  # noqa: F401 (both stay imported, whatever the test of defaults does)
 from conftest import PAIRS, ROOT, json_lines, text_of, write_checkpoint, write_connection, write_parrot
-from eval import OPTIONS, choice, open_scores, rouge_l
+from eval import OPTIONS, choice, holm, open_scores, rouge_l
 from reference import Reference, answer_ids, prompt_ids
 
 LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # the paper's
@@ -151,7 +151,7 @@ def test_open_scores(lang, answer, gold, contained, exact, f1):
     ("en", "Parisian", "Paris", 0, 0), ("en", "Paris's mayor", "Paris", 1, 0),
     # numbers
     ("sw", "35", "3.5", 0, 0), ("sw", "5", "-5", 0, 0), ("sw", "-5", "-5.0", 1, 1),
-    ("en", "1990-1995", "-1995", 0, 0), ("en", "18 years", "18.0 years", 1, 1),
+    ("en", "1990-1995", "-1995", 0, 0), ("en", "1990-1995", "1990–1995", 1, 1), ("en", "18 years", "18.0 years", 1, 1),
     ("en", "It is 1,000,000.", "1000000.0", 1, 0), ("de", "3,5", "3.5", 1, 1),
     ("de", "1.000", "1000", 1, 1), ("en", "1.5", "1,5", 0, 0),
     ("ru", "1 000 000 лет", "1000000", 1, 0), ("de", "0,125", "0.125", 1, 1),
@@ -493,6 +493,14 @@ def test_p_values(compared, task, difference, p, error):
     assert summary(compared[0], task, "mean")[1]["p"] == pytest.approx(second["p"])
 
 
+def test_corrected_p_values():
+    """Catches p-values corrected by their number alone, out of order, or for rows of single languages."""
+    rows = [("XNLI", "sw", [{"p": 1}, {"p": 0.001}]), ("XNLI", "mean", [{"p": 1}, {"p": 0.03}, {"p": 0.01}]),
+            ("facts", "mean", [{"p": 1}, {"p": 0.04}, None]), ("all", "mean", [{"p": 1}, {"p": 0.02}])]
+    found = [cell.get("p_holm") for _, _, cells in holm(rows) for cell in cells if cell]
+    assert found == [None, None, None, pytest.approx(0.06), pytest.approx(0.03), None, pytest.approx(0.06), None, None]
+
+
 def test_which_items(score, tmp_path):
     """Catches a sample preferred to the whole benchmark, prompts with another line's gold, and --tasks,
     --langs or --limit ignored or taken from the end."""
@@ -637,8 +645,9 @@ def test_answers_are_kept(score, run, tmp_path, monkeypatch):
     assert answered("--max_new_tokens=3") == [2, 1]
     write_task(tmp_path / "bench", "facts", "sw", [("mbili?", "1")])
     assert answered("--max_new_tokens=3") == [1]
-    (tmp_path / "model" / "generation_config.json").write_text("{}")
-    assert answered("--max_new_tokens=3") == [2, 1]
+    for contents in ("{}", '{"eos_token_id": 2}'):
+        (tmp_path / "model" / "generation_config.json").write_text(contents)
+        assert answered("--max_new_tokens=3") == [2, 1]
     (tmp_path / "model").rename(tmp_path / "elsewhere")
     assert answered("--rescore") == []
     write_task(tmp_path / "bench", "XNLI", "sw", [("moja?", "2"), ("mbili?", "2")])
@@ -695,6 +704,17 @@ def test_defaults(tmp_path, run, monkeypatch):
     assert "answering as a plain model" in err
     row, = json_lines(tmp_path / "out" / "eval" / "answers" / "out_none" / "facts" / "sw.jsonl")
     assert row["answer"] == "ha" * 32 and row["truncated"]
+
+
+def test_lengths(score, tmp_path):
+    """Catches a summary cut at the length of a name, and answers cut unsaid."""
+    write_parrot(tmp_path / "model", {"?": ["ha", "ha"]})
+    for task, gold in (("XNLI", "1"), ("XLSum", "ha"), ("MKQA", "ha")):
+        write_task(tmp_path / "bench", task, "sw", [("Nini?", gold)])
+    everything, out, answers = score(["model"], "bench")
+    tokens = {path: rows[0]["tokens"] for path, rows in answers["model_none"].items()}
+    assert tokens == {"XNLI/sw.jsonl": 24, "XLSum/sw.jsonl": 128, "MKQA/sw.jsonl": 32}
+    assert all(row["truncated"] == 1 for row in everything["results"]) and "model: 3 answers were cut" in out
 
 
 def test_figures(score, tmp_path, monkeypatch):
