@@ -28,6 +28,7 @@ import secrets
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -840,6 +841,26 @@ class Turn(NamedTuple):
     prefix: bool   # True if the tokenizer puts a space before the text
 
 
+@contextmanager
+def no_panic(path):
+    """Turn a panic of the tokenizers package into a UserError.
+
+    A panic is not an Exception, and is printed before it can be caught: stderr is silenced meanwhile.
+    """
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{path}: the tokenizers package fails on it ({error}); restore the file") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
+
+
 class Tokenizer:
     """Text to ids and back in the checkpoint's chat template, for training, inference and evaluation.
 
@@ -854,7 +875,7 @@ class Tokenizer:
     def __init__(self, folder, config, template=None):
         self.folder, self.notice = Path(folder), None
         names = ("tokenizer.model", "tokenizer.json")
-        self.path = next((self.folder / name for name in names if (self.folder / name).exists()), None)
+        self.path = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
         if self.path is None:
             raise UserError(f"{folder}: no {' or '.join(names)}; copy the base model's tokenizer there")
         self.settings, self.generation, special_map, listed, contents = map(self._read_optional, (
@@ -863,7 +884,8 @@ class Tokenizer:
         read = self._read_sentencepiece if self.path.suffix == ".model" else self._read_tokenizer_json
         try:
             self._collect_tokens(special_map, listed, contents)
-            read(contents, config)
+            with no_panic(self.path):
+                read(contents, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.path}: it or tokenizer_config.json is malformed ({error!r}); restore "
                             "both") from None
@@ -871,7 +893,8 @@ class Tokenizer:
         self.template = template or config.cctuning.get("template") or self._choose_template()
         if not isinstance(self.template, str) or self.template not in TEMPLATE_NAMES:
             raise UserError(f"{folder}: unknown template {self.template!r}; there are {', '.join(TEMPLATE_NAMES)}")
-        self._compile(self._own_template() if self.template == "own" else self._papers_template(), config)
+        with no_panic(self.path):
+            self._compile(self._own_template() if self.template == "own" else self._papers_template(), config)
 
     def _read_optional(self, name):
         return read_json(self.folder / name) if (self.folder / name).exists() else {}
@@ -1124,7 +1147,8 @@ class Tokenizer:
 
     def encode(self, text, prefix=True):
         """Ids of a text, none of them a control token; prefix: the tokenizer may put a space before it."""
-        return [j for i in self._encode(text, prefix) for j in self._spelled.get(i, [i])]
+        with no_panic(self.path):
+            return [j for i in self._encode(text, prefix) for j in self._spelled.get(i, [i])]
 
     def _fill(self, turn, words):
         words = words.lstrip() if turn.strip[0] else words
@@ -1133,7 +1157,9 @@ class Tokenizer:
 
     def prompt(self, text):
         """Ids of a prompt in the chat template. The text never becomes a control token, whatever it spells."""
-        return self._fill(self._prompt, text)
+        if not (ids := self._fill(self._prompt, text)):
+            raise UserError(f"{self.path}: has no tokens for the prompt {text[:20]!r}; give another --template")
+        return ids
 
     def answer(self, text):
         """Ids of an answer, end of turn included."""
@@ -1141,7 +1167,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of an answer's ids; special tokens are left out."""
-        text = self._decode([i for i in ids if i not in self._hidden and i < self.size])
+        with no_panic(self.path):
+            text = self._decode([i for i in ids if i not in self._hidden and i < self.size])
         return text.removeprefix(self._answer.left)
 
     def save(self, folder):

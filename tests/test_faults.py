@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import infer
+import model
 import train
 from conftest import (PAIRS, ROOT, at_step, launch, logged, training, write_checkpoint, write_connection,
                       write_data)
@@ -232,6 +233,35 @@ def test_folders_that_cannot_be_flushed(base, ran, tmp_path, monkeypatch):
     ran(*command(base.model, base.data, tmp_path / "out", save_every=1))
 
 
+# ----------------------------------------------------------------------------------------------- tokenizers
+
+CHARSMAP = "/////wAAAAD/////AAAA/////w=="  # declares more than it holds
+
+
+@pytest.mark.parametrize("key, value", [
+    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False}),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": CHARSMAP})], ids=["in use", "in reading"])
+def test_a_tokenizer_that_panics(run, tmp_path, capfd, key, value):
+    """Catches a panic of the tokenizers package, which is no Exception, and the lines that it prints."""
+    pytest.importorskip("tokenizers", reason="optional package: only tokenizer.json needs it")
+    folder = write_checkpoint(tmp_path / "model", "chatml", "json", **SMALL)
+    contents = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**contents, key: value}))
+    code, _, err = run("infer", "--model", folder, "--prompt", "a" * 60, "--max_new_tokens=1")
+    assert code == 2 and "tokenizer.json: the tokenizers package fails" in err and err.count("\n") == 1, err
+    assert capfd.readouterr().err == ""
+    os.write(2, b"shown")
+    assert capfd.readouterr().err == "shown"
+
+
+def test_a_prompt_without_tokens(base, monkeypatch):
+    """Catches a prompt of no tokens, which has no connection position."""
+    tokenizer = model.Tokenizer(base.model, model.Config.read(base.model))
+    monkeypatch.setattr(tokenizer, "_fill", lambda *_: [])
+    with pytest.raises(UserError, match="no tokens for the prompt 'x y'"):
+        tokenizer.prompt("x y")
+
+
 # ------------------------------------------------------------------------------------------ told before training
 
 @pytest.mark.parametrize("name, make", [
@@ -326,8 +356,9 @@ def test_a_doubtful_matrix(base, ran, run, tmp_path):
 # -------------------------------------------------------------------------------------------- streams, terminals
 
 def piped(path, content):
+    """A pipe that gives the content to its first reader, nothing to a second."""
     os.mkfifo(path)
-    threading.Thread(target=lambda: path.write_text(content), daemon=True).start()
+    threading.Thread(target=lambda: [path.write_text(text) for text in (content, "")], daemon=True).start()
     return path
 
 
@@ -359,7 +390,7 @@ def test_at_a_terminal(base, run, monkeypatch):
         monkeypatch.setattr("sys.stdin", terminal)
         code, _, err = run("infer", "--model", base.model, "--prompt=-", "--max_new_tokens=3")
     os.close(ours)
-    assert code == 0 and asked == [0, 3] and "error: line 3: is " in err, err
+    assert code == 0 and asked == [0, 3] and "error: line 3: is " in err and err.count("error: ") == 1, err
 
 
 def test_a_terminal_of_few_characters(base, tmp_path, monkeypatch):
