@@ -4,6 +4,7 @@ paper's own code.
 GOLDEN=DIR points at another folder of such checkpoints, of any width, depth and seed;
 tests/golden/README.md says what each tensor is.
 """
+import json
 import os
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import calls
+from model import Config, Tokenizer
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))
 FOLDERS = {path.parent: load_file(path) for path in sorted(GOLDEN.glob("*/expected.safetensors"))}
 FORWARD = [pytest.param(f, id=f.name) for f, expected in FOLDERS.items() if "greedy" in expected]
+PROMPTS = [pytest.param(f, id=f.name) for f in FOLDERS if (f / "prompts.json").exists()]
 CC = [pytest.param(f, id=f.name) for f, expected in FOLDERS.items() if "decision_maker" in expected]
 
 
@@ -39,6 +42,16 @@ def test_forward(folder):
     real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     assert (calls.logits(cc, ids) - expected["logits"])[real].abs().max() < 1e-4
     assert calls.answer(cc, ids, lengths, tokens.shape[1])[2].equal(tokens)
+
+
+@pytest.mark.parametrize("folder", PROMPTS)
+def test_prompts(folder):
+    """Catches a byte-level tokenizer given a space after a control token, and a chat template not obeyed."""
+    pytest.importorskip("tokenizers", reason="optional package: only tokenizer.json needs it")
+    tokenizer = Tokenizer(folder, Config.read(folder))
+    for text, (prompt, dialogue) in json.loads((folder / "prompts.json").read_text()).items():
+        assert tokenizer.prompt(text) == prompt and tokenizer.prompt(text) + tokenizer.answer("Nairobi") == dialogue
+    assert tokenizer.connection_index == -1  # [/INST]: the token before it is the user's
 
 
 def open_cc(folder, matrix=None):
