@@ -91,10 +91,11 @@ def read_prompts(args):
         text = sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: not UTF-8 text ({error.reason}); convert it to UTF-8") from None
-    if not text:
+    records = [Record.parse({"instruction": line}, f"standard input:{n}")
+               for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not records:
         raise UserError("standard input: is empty; give a prompt per line")
-    return [Record.parse({"instruction": line}, f"standard input:{n}")
-            for n, line in enumerate(text.removesuffix("\n").split("\n"), 1)]
+    return records
 
 
 def embedded_questions(lang):
@@ -392,7 +393,7 @@ def main():
     of_data = Config.read(args.model).cctuning.get("languages", [])
     known = {*LANGUAGES, *of_data, *(r.lang for r in records if r.lang)}
     if args.lang and args.lang not in known:
-        raise UserError(f"--lang: unknown language {args.lang!r}; give one of {' '.join(sorted(known))}")
+        print(f"--lang: {printable(args.lang)} is none of {' '.join(sorted(known))}", file=sys.stderr)
     single = min(len(records), args.batch_size) <= 1
     engine = Engine(args.model, args.connection, args.template, args.dtype, single)
     prompts = [engine.encode(record, number) for number, record in enumerate(records)]

@@ -903,7 +903,8 @@ class Tokenizer:
 
     def _collect_tokens(self, special_map, listed, contents):
         """Set added, {text: token} of what is listed beside the vocabulary, and named, {"bos_token": text, ...}."""
-        self.added = {text: {"id": i} for text, i in listed.items()}
+        # As transformers does: added_tokens.json counts where there is no added_tokens_decoder.
+        self.added = {} if "added_tokens_decoder" in self.settings else {text: {"id": i} for text, i in listed.items()}
         for i, token in (self.settings.get("added_tokens_decoder") or {}).items():
             self.added[token["content"]] = dict(token, id=int(i))
         self.added.update((token["content"], token) for token in contents.get("added_tokens") or [])
@@ -1286,11 +1287,18 @@ def at_least(low, kind=int):
     return number
 
 
+CONVERT = ('expected JSON lines of "instruction", "instruction_en" and "output"; data/README.md has a converter for '
+           "CSV and Aya")
+FOREIGN = {"messages": "a dialogue", "conversations": "a dialogue", "inputs": "Aya's format", "targets": "Aya's format"}
+
+
 def read_text(path):
     """The text of a UTF-8 file."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
+        if error.object.startswith(b"PAR1"):
+            raise UserError(f"{path}: is a Parquet file; {CONVERT}") from None
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
 
@@ -1349,6 +1357,8 @@ class Record(NamedTuple):
         if not isinstance(fields, dict):
             raise UserError(f'{where}: holds a JSON {type(fields).__name__}, expected an object with "instruction"; '
                             "correct it")
+        if known := [key for key in FOREIGN if key in fields and "instruction" not in fields]:
+            raise UserError(f'{where}: has "{known[0]}", {FOREIGN[known[0]]}; {CONVERT}')
         keys = ("instruction", "instruction_en", "output", "lang", "input")
         own, english, answer, lang, more = (text_field(fields, key, where, key in required) for key in keys)
         prompt = f"{own}\n{more}" if more and more.strip() else own
@@ -1362,6 +1372,8 @@ class Record(NamedTuple):
 def read_records(path, required=("instruction",)):
     """The Records of a file of JSON lines or one JSON list."""
     text = read_text(path)  # once: it may be a pipe
+    if "," in (first := text.lstrip().partition("\n")[0]) and first[0] not in "{[":
+        raise UserError(f"{path}: looks like CSV; {CONVERT}")
     if not text.lstrip().startswith("["):
         return [Record.parse(value, where, required) for where, value in read_json_lines(path, text)]
     values = parse_json(text, path, expected="expected JSON lines or one JSON list")

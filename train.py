@@ -153,19 +153,22 @@ def parse_args(argv=None):
 class Sample:
     ids: list           # x: prompt and answer, end of turn included
     prompt_length: int
-    english_ids: list   # e: English prompt
+    english_ids: list   # e: English prompt; empty if there is none
     lang: str | None
     is_english: bool
 
 
-def read_samples(path, tokenizer, max_length, print0):
+def read_samples(path, tokenizer, max_length, print0, method="cc"):
     """The Samples of a training file. Prints how many prompts were too long, and how many answers are cut.
+
+    Without instruction_en, which plain fine-tuning does not need, english_ids is empty.
 
     Raises UserError for the first malformed line, or if no sample is left.
     """
-    records, samples = read_records(path, ("instruction", "instruction_en", "output")), []
+    required = ("instruction", "output") + ("instruction_en",) * (method == "cc")
+    records, samples = read_records(path, required), []
     for record in records:
-        ids, english_ids = tokenizer.prompt(record.prompt), tokenizer.prompt(record.english)
+        ids, english_ids = (tokenizer.prompt(text) if text else [] for text in (record.prompt, record.english))
         if len(ids) < max_length and len(english_ids) <= max_length:
             answered = (ids + tokenizer.answer(record.answer))[:max_length]
             samples.append(Sample(answered, len(ids), english_ids, record.lang, record.is_english))
@@ -414,7 +417,7 @@ def read_setup(args, dist):
     tokenizer = Tokenizer(args.model, config, args.template)
     if tokenizer.notice:
         dist.print0(tokenizer.notice)
-    samples, eval_samples = (read_samples(path, tokenizer, max_length, dist.print0) if path else []
+    samples, eval_samples = (read_samples(path, tokenizer, max_length, dist.print0, args.method) if path else []
                              for path in (args.data, args.eval_data))
     if args.method == "cc" and all(s.is_english for s in samples):
         raise UserError(f"{args.data}: every instruction equals its instruction_en, the Transform Matrix "

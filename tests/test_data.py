@@ -1,11 +1,15 @@
 """The embedded default in data/: what it is made of, and that nothing held out is in what a model is
 trained on."""
+import csv
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 
 from conftest import ROOT, json_lines, results_of
+from model import read_records
 
 DATA = ROOT / "data"
 spec = importlib.util.spec_from_file_location("make_default", DATA / "make_default.py")
@@ -111,3 +115,25 @@ def test_default_evaluation(tmp_path, run):
         answers = [row["answer"] for row in json_lines(folder / "facts" / f"{result['lang']}.jsonl")]
         right = sum(answer == right for answer, right in zip(answers, gold, strict=True))
         assert result["items"] == 40 and result["scores"]["exact"] == right / 40 and right > least
+
+
+def test_converter(tmp_path):
+    """Catches a converter in data/README.md that does not run, or makes what train.py does not read."""
+    code = (DATA / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    sample = {"instruction": "Habari, \"mji\"?\nNini?", "instruction_en": "What?", "output": "Jibu", "lang": "sw"}
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, sample)
+        writer.writeheader()
+        writer.writerow(sample)
+    aya = {"inputs": sample["instruction"], "targets": "Jibu", "language": "Swahili", "language_code": "swh"}
+    english = {"inputs": "What?", "targets": "This", "language_code": "eng"}
+    (tmp_path / "aya.jsonl").write_text(json.dumps(aya) + "\n" + json.dumps(english) + "\n")
+    made = {}
+    for name in ("a.csv", "aya.jsonl"):
+        run = subprocess.run([sys.executable, "-c", code, tmp_path / name], capture_output=True, text=True, check=True)
+        (tmp_path / "made.jsonl").write_text(run.stdout)
+        made[name] = [record.fields for record in read_records(tmp_path / "made.jsonl", ("instruction", "output"))]
+    assert made["a.csv"] == [sample]
+    assert made["aya.jsonl"] == [
+        {"instruction": sample["instruction"], "output": "Jibu", "lang": "swh"},
+        {"instruction": "What?", "instruction_en": "What?", "output": "This", "lang": "eng"}]

@@ -220,7 +220,6 @@ QUESTIONS = [  # infer.py --prompt=hello
     ("an English version that is not used", "--prompt_en", "--prompt_en=hi"),
     ("an English version too long", "--prompt", connection(), "--connection=english",
      "--prompt_en=" + "neno " * 300),
-    ("an unknown language", "'xx'", "--lang=xx"),
     ("output without input", "--output", "--output=x.jsonl"),
     ("two kinds of prompt", "--prompt", "--input={data}"),
     ("a prompt too long", "--prompt", "--prompt=" + "neno " * 300),
@@ -270,6 +269,10 @@ SAMPLES = [  # train.py on lines that are wrong
     ("data with prompts of 100,000 characters", "--max_length", lines(
         {**GOOD, "instruction": "x y" * 33334})),
     ("data all English", "data.jsonl", lines({**GOOD, "instruction": "What?"})),
+    ("data as CSV", "looks like CSV", write(DATA, "instruction,output\r\nNini?,Jibu\r\n")),
+    ("data as Parquet", "a Parquet file", write(DATA, b"PAR1\x15\x04\xff")),
+    ("data of dialogues", "data.jsonl:1: has", lines({"messages": [{"role": "user", "content": "Nini?"}]})),
+    ("data of Aya", "data/README.md has a converter", lines({"inputs": "Nini?", "targets": "Jibu"})),
     ("validation data broken", "dev.jsonl:1", write("dev.jsonl", "{"), "--eval_data={folder}/dev.jsonl"),
 ]
 TRAINING = [  # train.py
@@ -366,8 +369,8 @@ def test_options_out_of_range(run, script, option):
 
 @pytest.mark.parametrize("given, culprit", [
     (b"", "standard input: is empty"), (b"Nini?\n\xff", "standard input: not UTF-8"),
-    (b"Nini?\n\nx", "standard input:2"), (b"x\n" + b"neno " * 300, "standard input:2")],
-    ids=["nothing", "not UTF-8", "an empty line", "a long line"])
+    (b" \r\n\n", "standard input: is empty"), (b"x\n\n" + b"neno " * 300, "standard input:3")],
+    ids=["nothing", "not UTF-8", "empty lines", "a long line"])
 def test_bad_standard_input(checkpoint, run, monkeypatch, given, culprit):
     """Catches an answer to nothing, and a message without the line."""
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(given)))

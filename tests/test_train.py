@@ -413,3 +413,14 @@ def test_embedded_defaults(checkpoint, tmp_path, ran, run, stop_at):
     assert logged(out, "lr")[0] == pytest.approx(1e-4 / math.ceil(count / 10))
     code, _, err = run("train", "--out", shutil.copytree(checkpoint(), tmp_path / "other"))
     assert code == 2 and "other/config.json: was not written by train.py" in err
+
+
+def test_plain_fine_tuning_without_english_versions(tmp_path, ran, checkpoint):
+    """Catches --method sft that asks for instruction_en, which the paper's own file for it lacks, or that uses it."""
+    runs = []
+    for name, keys in (("with", ("instruction", "instruction_en", "output")), ("without", ("instruction", "output"))):
+        lines = [json.dumps(dict(zip(keys, pair if name == "with" else pair[::2], strict=False))) for pair in PAIRS]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        ran(*training(checkpoint(**SMALL), tmp_path / f"{name}.jsonl", tmp_path / name, method="sft"))
+        runs.append(tensors(tmp_path / name))
+    assert all(runs[0][key].equal(runs[1][key]) for key in runs[0])
