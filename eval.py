@@ -284,10 +284,8 @@ def iso_dates(text, lang):
 
     def iso(match):
         found = match.groupdict()
-        number, day = numbers.get(found["m"]) or int(found["m"]), found["d"]
-        if number > 12 or day and not 0 < int(day) < 32:
-            return match[0]
-        return f"{found['y']}-{number:02}" + (f"-{int(day):02}" if day else "")
+        number = numbers.get(found["m"]) or int(found["m"])
+        return f"{found['y']}-{number:02}" + (f"-{int(found['d']):02}" if found["d"] else "")
 
     text = normalize_text(text).casefold()
     for pattern in patterns:
@@ -389,6 +387,7 @@ OPENING = r"[\s(\[{<\"'*_`«“‘„「『（【]*"
 CLOSING = r"[ \t\"'*_`»”’」』]*(?:[.):,\]}>।。、：】](?!\d)|\n|$)"
 CUE = "|".join(map(re.escape, CHOICE["answer"]))
 OR = rf"[\W_]*(?:{'|'.join(sorted(map(re.escape, CHOICE['or']), key=len, reverse=True))})[\W_]*"
+BECAUSE = "|".join(rf"\b{word}\b" if word.isascii() else word for word in CHOICE["because"])
 NOT = rf"(?:^|\W)(?:{'|'.join(map(re.escape, CHOICE['not']))})\s+(?:\w+\s+)?[^\w\s]*$"
 ELISION = rf"['’](?!(?:{'|'.join(LANGUAGE_TABLES['particles']['tr'].split())})(?!\w))"  # C'est, and not C'dir
 LETTERS = {local: letter for letter, others in CHOICE["letters"].items() for local in others.split()}
@@ -405,55 +404,63 @@ def bare(text):
     return " ".join(normalize_text(text).casefold().split()).strip(" .।。۔")
 
 
-def find_marks(answer, options, texts):
-    """The options that stand alone in an answer, in order, as matches; [1] is the option's number or letter."""
+def find_marks(answer, options):
+    """The options that stand alone in an answer, in order, as matches."""
     if options[0].isdigit():
-        return list(re.finditer(rf"(?<![\d{LATIN}.,])([{options}])(?![\d{LATIN}]|[.,]\d)", answer))
-    marks = []
-    alone = rf"(?<![\d{LATIN}])(?<![\d{LATIN}]\()([{options}{options.lower()}])(?![\d{LATIN}]|{ELISION})"  # nor P(A)
-    for m in re.finditer(alone, answer):
-        before, after = answer[:m.start()], answer[m.end():]
-        if m[1].islower():  # an option in brackets, at the start or after "Answer:", "the answer is"
+        return list(re.finditer(rf"(?<![\d{LATIN}.,])[{options}](?![\d{LATIN}]|[.,]\d)", answer))
+    # Neither in a word, nor in P(A) or U.S.A., nor elided as in C'est.
+    return list(re.finditer(rf"(?<![\d{LATIN}])(?<![\d{LATIN}][(.])[{options}](?![\d{LATIN}]|{ELISION})", answer))
+
+
+def mark_letters(answer, options, texts):
+    """The answer with its options as capital letters, and all else that looks like one as a small letter."""
+    answer = re.sub(r"[\u0620-\u065f\u0900-\u0963\u0980-\u09e3]+", lambda m: LETTERS.get(m[0], m[0]), answer)
+    text_of_a = bare(texts.get("A") or "\0")
+
+    def mark(match):
+        before, after = answer[:match.start()], answer[match.end():]
+        if match[0].islower():  # an option in brackets, at the start or after "Answer:", "the answer is"
             led = re.search(rf"(?:^|:|(?:{CUE})\w*\s+\w+){OPENING}$", before, re.IGNORECASE)
-            if not (led and re.match(CLOSING, after) or after.startswith(")")):
-                continue
-        elif m[1] == "A" and (word := re.match(rf"[ \t]+([{LATIN}]+)", after)):  # before a Latin word: an article?
-            starts = re.search(rf"(?:^|[.!?:;\n。।]){OPENING}$", before)
-            joined = re.match(rf"{OR}[{options}](?![{LATIN}])", after)
-            if (starts and not joined and word[1].casefold() not in CHOICE["after_a"]["words"].split()
-                    and not ("A" in texts and bare(after).startswith(bare(texts["A"])))):
-                continue
-        marks.append(m)
-    return marks
+            is_option = after.startswith(")") or led and re.match(CLOSING, after)
+        else:  # A is an article at a sentence's start before a Latin word, unless that tells otherwise
+            word = re.match(rf"[ \t]+([{LATIN}]+)", after) if match[0] == "A" else None
+            is_option = (not word or word[1].casefold() in CHOICE["after_a"]["words"].split()
+                         or not re.search(rf"(?:^|[.!?:;\n。।]){OPENING}$", before)
+                         or re.match(rf"{OR}[{options}](?![{LATIN}])", after)  # "A or B"
+                         or bare(after).startswith(text_of_a))
+        return match[0].upper() if is_option else match[0].lower()
+
+    return re.sub(rf"(?<![\d{LATIN}])[{options}{options.lower()}](?![\d{LATIN}])", mark, answer)
 
 
 def text_after(mark, answer, forms):
-    """The option whose text follows a mark: the longest that does, also cut short, else one much like what follows."""
+    """The option whose text follows a mark: the longest that does, whole or cut short; else one much like it."""
     rest, found = bare(re.sub(r"^(?:[^\w\s\-−]|[-−–](?=\s)|\s)+", "", answer[mark.end():])), {}
     for option, texts in forms.items():
         for text in texts:
-            if re.match(re.escape(text) + (r"(?!\w)" if segment(text)[-1:] != [text[-1:]] else ""), rest):
-                found[option] = max(found.get(option, 0), len(text))
-            elif len(rest) >= 8 and text.startswith(rest):
-                found[option] = len(rest)
-    found = found or {option: 1 for option, texts in forms.items() if any(rouge_l(rest, text) > 0.75 for text in texts)}
-    longest = max(found.values(), default=0)
-    return mark[1].upper() if found.get(mark[1].upper()) == longest else max(found, key=found.get, default=None)
+            word_ends = r"(?!\w)" if segment(text)[-1:] != [text[-1:]] else ""
+            if re.match(re.escape(text) + word_ends, rest) or len(rest) >= 8 and text.startswith(rest):
+                found[option] = max(found.get(option, 0), min(len(text), len(rest)))
+    if not found:
+        found = {o: 1 for o, texts in forms.items() if any(rouge_l(rest, text) > 0.75 for text in texts)}
+    is_own = found and found.get(mark[0]) == max(found.values())
+    return mark[0] if is_own else max(found, key=found.get, default=None)
 
 
 def confirmed(mark, marks, answer, forms):
     """The option of a mark; None if another is named with it ("A or B", a list) or another's text follows."""
-    if text_after(mark, answer, forms) not in (mark[1].upper(), None) or re.search(r"\w.*\n\($", answer[mark.end():]):
+    if text_after(mark, answer, forms) not in (mark[0], None) or re.search(r"\w.*\n\($", answer[mark.end():]):
         return None
-    other = next((m for m in marks if m.start() > mark.start() and m[1].upper() != mark[1].upper()), None)
+    other = next((m for m in marks if m.start() > mark.start() and m[0] != mark[0]), None)
     if other is None:
-        return mark[1].upper()
+        return mark[0]
     between, set_off = answer[mark.end():other.start()], re.match(CLOSING, answer[other.end():])
-    for text in forms.get(mark[1].upper(), ()):
+    if set_off and re.search(rf"\w.*\n{OPENING}$", between):  # the next of a list
+        return None
+    for text in forms.get(mark[0], ()):
         between = re.sub(re.escape(text), "", between, flags=re.IGNORECASE)
-    in_list = set_off and re.search(rf"\w.*\n{OPENING}$", answer[mark.end():other.start()])  # (A) text, then (B)
-    side_by_side = re.fullmatch(r"[^\w\n]*" if not set_off else r"[\W_]*", between)
-    return None if in_list or side_by_side or re.fullmatch(OR, between, re.IGNORECASE) else mark[1].upper()
+    side_by_side = re.fullmatch(r"(?!\n\n)[\W_]*" if set_off else r"[^\w\n]*", between)
+    return None if side_by_side or re.fullmatch(OR, between, re.IGNORECASE) else mark[0]
 
 
 def find_text(answer, forms, tail=0):
@@ -470,7 +477,7 @@ def find_text(answer, forms, tail=0):
             match = re.search(rf" {re.escape(key)}\w{{0,{tail}}} ", words)
             if match and not re.search(NOT, words[:match.start() + 1]):
                 found[option] = max(found.get(option, ""), key, key=len)
-    longest = [o for o, key in found.items() if not any(o != p and key in other for p, other in found.items())]
+    longest = [o for o, key in found.items() if not any(key in found[p] for p in found if p != o)]
     return longest[0] if len(longest) == 1 else None
 
 
@@ -490,22 +497,28 @@ def choice(answer, options, texts):
         return whole[0]
     answer = normalize_text(answer).strip()
     if not options[0].isdigit():
-        answer = re.sub(r"[\u0620-\u065f\u0900-\u0963\u0980-\u09e3]+", lambda m: LETTERS.get(m[0], m[0]), answer)
-    marks = find_marks(answer, options, texts)
+        answer = mark_letters(answer, options, texts)
+    marks = find_marks(answer, options)
     kept = [mark for mark in marks if not re.search(NOT, answer[:mark.start()], re.IGNORECASE)]
     for cue in reversed(list(re.finditer(CUE, answer, re.IGNORECASE))):
-        clause = re.match(r"[\W_]*.*?(?=[.!?。।]\s|\n|$)", answer[cue.end():])
-        end = cue.end() + clause.end()
-        if mark := next((m for m in kept if cue.end() <= m.start() < end), None):
-            return confirmed(mark, marks, answer, known)
-        said = {o: text for o, (text,) in forms.items() if re.search(rf"(?<!\S){re.escape(text)}$", bare(clause[0]))}
-        if named := find_text(clause[0], forms) or max(said, key=lambda o: len(said[o]), default=None):
+        clause = re.match(rf"[\W_]*.*?(?=[.!?。।]\s|\n|{BECAUSE}|$)", answer[cue.end():], re.IGNORECASE)
+        start, end = re.search(r"[^.!?。।\n]*$", answer[:cue.start()]).start(), cue.end() + clause.end()
+        before, after = ([m for m in kept if low <= m.start() < high] for low, high in
+                         ((start, cue.start()), (cue.end(), end)))  # "B is the answer", "the answer is B"
+        if after or len(before) == 1:
+            return confirmed((after or before)[0], marks, answer, known)
+        last = [o for o, (text,) in forms.items() if re.search(rf"(?<!\S){re.escape(text)}$", bare(clause[0]))]
+        if named := find_text(clause[0], forms) or max(last, key=lambda o: len(forms[o][0]), default=None):
             return named
-    if marks and re.fullmatch(OPENING, answer[:marks[0].start()]) and re.match(CLOSING, answer[marks[0].end():]):
-        return confirmed(marks[0], marks, answer, known)
     if marks:
-        only = kept and len({mark[1].upper() for mark in marks}) == 1
+        mark = marks[0]
+        if re.fullmatch(OPENING, answer[:mark.start()]) and re.match(CLOSING, answer[mark.end():]):
+            return confirmed(mark, marks, answer, known)
+        only = kept and len({mark[0] for mark in marks}) == 1
         return confirmed(kept[0], marks, answer, known) if only else None
+    first = bare(re.split(r"[.!?。।,\n]", answer)[0])
+    if options == "123" and (said := [option for option in known if first in known[option]]):
+        return said[0]  # "Neutral, for it neither entails nor contradicts"
     return find_text(answer, forms) or find_text(answer, known, tail=3)
 
 
