@@ -3,12 +3,13 @@
     python eval.py                                            # held-out questions of the embedded default
     python eval.py --model DIR [DIR ...] --data BENCHMARKS [--tasks XNLI,MMMLU] [--langs sw,hi] [--limit 50]
     python eval.py ... --connection matrix english none       # each of the three, side by side
-    python eval.py ... --rescore                              # score the answers in --out again, without a model
+    python eval.py ... --rescore                              # score the answers in --out, without a model
     torchrun --nproc_per_node 8 eval.py ...                   # same answers, prompts spread over 8 processes
 
 BENCHMARKS has the layout of the paper's repository: TASK/split or split_sample/LANG.json with the prompts and
-TASK/ans or ans_sample/LANG.json with the gold answers, a JSON value per line. The English version of a prompt
-is the same line of the task's en.json, or of split_en/LANG.json (split_sample_en/LANG.json) if the task has it.
+TASK/ans or ans_sample/LANG.json with the gold answers, a JSON value per line. The English version of a
+prompt is the same line of the task's en.json, or of split_en/LANG.json (split_sample_en/LANG.json) if the
+task has it.
 
     task                    score, 0 to 100
     XNLI XStoryCloze MMMLU  accuracy: the option that the answer names is the gold one; beside it likelihood:
@@ -17,9 +18,9 @@ is the same line of the task's en.json, or of split_en/LANG.json (split_sample_e
     XLSum                   ROUGE-L
     any other               exact match; beside it contained and token F1
 
-Scores have 95 % intervals: Wilson's where an item counts 0 or 1, else from a bootstrap. Means weigh languages
-alike, and the overall mean tasks alike. Each further model or connection is compared with the first on the same
-items by a paired sign-flip permutation test. Answers are kept: what has not changed is not answered again.
+Scores have 95 % intervals: Wilson's where an item counts 0 or 1, else from a bootstrap. Means weigh
+languages alike, and the overall mean tasks alike. Each further model or connection is compared with the
+first on the same items by a paired sign-flip permutation test. What has not changed is not answered again.
 """
 import argparse
 import importlib.util
@@ -42,15 +43,16 @@ import torch
 from tqdm import tqdm
 
 from infer import WHICH_MODEL, Engine, add_engine_options, default_model, write_json_lines
-from model import (CCTUNING_FILE, DATA, TOKENIZER_FILES, Config, Help, Tokenizer, UserError, at_least, check_writable,
-                   read_json, read_json_lines, read_records, relative, run_script, weight_files, write_text)
+from model import (CCTUNING_FILE, DATA, TOKENIZER_FILES, Config, Help, Tokenizer, UserError, at_least,
+                   check_writable, read_json, read_json_lines, read_records, relative, run_script,
+                   weight_files, write_text)
 from train import Dist, digest
 
 OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # other tasks are answered freely
 METRICS = {**dict.fromkeys(OPTIONS, ("accuracy",)), "XLSum": ("rouge_l",),
            **dict.fromkeys(("XQuAD", "MKQA"), ("contained", "exact", "f1"))}
 DEFAULT_METRICS = ("exact", "contained", "f1")  # the first is the task's score
-MAX_NEW_TOKENS = {"XLSum": 128, **dict.fromkeys(OPTIONS, 24)}  # a summary of 32 tokens is cut in most languages
+MAX_NEW_TOKENS = {"XLSum": 128, **dict.fromkeys(OPTIONS, 24)}  # 32 tokens cut a summary in most languages
 OTHER_NEW_TOKENS = 32
 LIKELIHOOD = ", likelihood"  # of a task's rows by its second metric
 RESAMPLES, PERMUTATIONS = 1000, 10000
@@ -62,7 +64,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", nargs="+", metavar="DIR", help=f"checkpoint folders to compare (default: {WHICH_MODEL})")
-    add("--data", default=relative(DATA / "test"), metavar="DIR", help="benchmarks (default: the embedded data/test)")
+    add("--data", default=relative(DATA / "test"), metavar="DIR",
+        help="benchmarks (default: the embedded data/test)")
     add("--tasks", metavar="TASK,...", help="folders of --data (default: all)")
     add("--langs", metavar="CODE,...", help="languages (default: all that a task has)")
     add("--limit", type=at_least(1), metavar="N", help="only the first N items of each language")
@@ -95,9 +98,10 @@ def names(text, option, known, where):
 def find_tasks(data, tasks, langs):
     """[(task, language)] to run, from comma-separated names; None: all that is there."""
     data = Path(data)
-    known = sorted(path.name for path in data.iterdir() if task_folder(path, "split")) if data.is_dir() else []
+    paths = data.iterdir() if data.is_dir() else []
+    known = sorted(path.name for path in paths if task_folder(path, "split"))
     if not known:
-        raise UserError(f"{data}: has no folder TASK/split or TASK/split_sample; give a benchmarks folder as --data")
+        raise UserError(f"{data}: has no folder TASK/split or TASK/split_sample; give a benchmarks folder")
     found = []
     for name in names(tasks, "--tasks", known, data):
         if task_folder(data / name, "ans") is None:
@@ -121,7 +125,7 @@ def read_task(data, name, lang, limit):
     versions = read_records(english) if english.exists() or english_folder.is_dir() else [None] * len(records)
     for file, found in ((golds, gold_values), (english, versions)):
         if len(found) != len(records):
-            raise UserError(f"{file}: has {len(found)} items, {own} has {len(records)}; get the whole benchmark")
+            raise UserError(f"{file}: has {len(found)} items, {own} {len(records)}; get the whole benchmark")
     items, options = [], OPTIONS.get(name)
     for record, version, (where, value) in list(zip(records, versions, gold_values, strict=True))[:limit]:
         gold = value if isinstance(value, list) else [value]  # one answer, or all that are right
@@ -163,8 +167,8 @@ def encode(engine, task, items, max_new_tokens):
         longest = max([max_new_tokens, *(len(form) for found in (forms or {}).values() for form in found)])
         room = engine.config.max_length - longest
         if room < len(tokenizer.prompt("")) + 16:
-            raise UserError(f"--max_new_tokens: answers of {longest} tokens leave no room for a prompt in the model's "
-                            f"{engine.config.max_length}; lower it, or leave out {task}")
+            raise UserError(f"--max_new_tokens: answers of {longest} tokens leave no room for a prompt in "
+                            f"the model's {engine.config.max_length}; lower it, or leave out {task}")
         english = item.english if engine.connection == "english" else None
         fitting = item._replace(prompt=shorten(item.prompt, tokenizer, room),
                                 english=english and shorten(english, tokenizer, room))
@@ -186,8 +190,9 @@ def answer(engine, args, prompts, max_new_tokens, dist, title):
 def model_digest(folder):
     """A hash of a checkpoint folder: small files by content, weight files by name, size and time."""
     small = [Path(folder) / name for name in ("config.json", *TOKENIZER_FILES, CCTUNING_FILE)]
-    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weight_files(folder))]
-    return digest(([(path.name, path.read_bytes()) for path in small if path.exists()], weights))
+    weights = [(path.name, path.stat()) for path in sorted(weight_files(folder))]
+    return digest(([(path.name, path.read_bytes()) for path in small if path.exists()],
+                   [(name, stat.st_size, stat.st_mtime_ns) for name, stat in weights]))
 
 
 def give_answers(engine, model, path, task, items, args, dist):
@@ -197,25 +202,25 @@ def give_answers(engine, model, path, task, items, args, dist):
     """
     max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS.get(task, OTHER_NEW_TOKENS)
     prompts, shortened = encode(engine, task, items, max_new_tokens)
-    asked = [(item.prompt, prompt.ids, prompt.english_ids) for item, prompt in zip(items, prompts, strict=True)]
-    wanted = digest((model, engine.connection, engine.dtype, max_new_tokens, asked))
+    texts, ids = [item.prompt for item in items], [(prompt.ids, prompt.english_ids) for prompt in prompts]
+    wanted = digest((model, engine.connection, engine.dtype, max_new_tokens, texts, ids))
     if not args.again and (rows := dist.on_rank0(read_answers, path, len(items), wanted)):
         return rows
     rows = []
     for n, given in enumerate(answer(engine, args, prompts, max_new_tokens, dist, f"{task} {path.stem}")):
+        likelihood = {option: round(value, 4) for option, value in (given.likelihood or {}).items()}
         rows.append({"digest": wanted, "item": n, "answer": engine.tokenizer.decode(given.ids),
                      "tokens": len(given.ids), "truncated": len(given.ids) >= max_new_tokens,
-                     "shortened": shortened[n], "layer": given.layer, "layers": engine.config.num_hidden_layers})
-        if given.likelihood:
-            rows[-1]["likelihood"] = {option: round(value, 4) for option, value in given.likelihood.items()}
+                     "shortened": shortened[n], "likelihood": likelihood, "layer": given.layer,
+                     "layers": engine.config.num_hidden_layers})
     return rows
 
 
 def read_answers(path, count, wanted=None):
-    """The `count` rows of a file of answers; None if there are more or fewer, or others than wanted (a digest)."""
+    """The `count` rows of a file of answers, of the digest `wanted` if given; None if it holds others."""
     rows = [row for _, row in read_json_lines(path)] if path.exists() else []
-    valid = all(isinstance(row, dict) and wanted in (None, row.get("digest")) and "tokens" in row for row in rows)
-    return rows if valid and len(rows) == count else None
+    valid = len(rows) == count and all(isinstance(row, dict) and "digest" in row for row in rows)
+    return rows if valid and all(wanted in (None, row["digest"]) for row in rows) else None
 
 
 # ----------------------------------------------------------------------------------------------- scoring
@@ -254,11 +259,13 @@ def answer_tokens(text, lang):
 
 def plain_numbers(text, lang):
     """The text with each number as sign, digits and decimal point: no thousands marks, no ".0" at the end."""
-    thousands, point = (".", ",") if lang in LANGUAGE_TABLES["decimal_comma"]["languages"].split() else (",", ".")
+    thousands, point = ",", "."
+    if lang in LANGUAGE_TABLES["decimal_comma"]["languages"].split():
+        thousands, point = ".", ","
 
     def plain(match):
         sign, number = MINUS * bool(match[1]), match[2]
-        if re.fullmatch(rf"[1-9]\d{{0,2}}(\{thousands}\d{{3}})+(\{point}\d+)?|[1-9]\d{{0,2}}( \d{{3}})+", number):
+        if re.fullmatch(rf"[1-9]\d{{0,2}}(?:(\{thousands}\d{{3}})+(\{point}\d+)?|( \d{{3}})+)", number):
             number = number.replace(thousands, "").replace(" ", "")
         whole, _, decimals = number.replace(point, ".").partition(".")
         if not (whole + decimals).isdecimal():
@@ -332,7 +339,7 @@ def is_contained(answer, gold, lang):
 
 
 def token_f1(answer, gold, lang):
-    """The F1 of SQuAD and MLQA, but for MKQA's whole numbers, 3.0, which may be written 3 (and are not 30)."""
+    """The F1 of SQuAD and MLQA, but that MKQA's whole numbers, 3.0, may be written 3, and are not 30."""
     whole = (re.sub(r"(?<![\d.,])(\d+)\.0(?![.,]?\d)", r"\1", text) for text in (answer, gold))
     found, wanted = (answer_tokens(text, lang) for text in whole)
     common = sum((Counter(found) & Counter(wanted)).values())
@@ -342,8 +349,8 @@ def token_f1(answer, gold, lang):
 def open_scores(answer, golds, lang):
     """{metric: 0 to 1, the best over the gold answers}: contained, exact match and token F1.
 
-    Contained and exact also know numbers in other spellings, MKQA's ISO dates as its languages write them, and
-    its "yes" and "no"; contained knows attached particles.
+    Contained and exact also know numbers in other spellings, MKQA's ISO dates as its languages write them,
+    and its "yes" and "no"; contained knows attached particles.
     """
     best = {"contained": 0.0, "exact": 0.0, "f1": 0.0}
     for gold in golds:
@@ -355,8 +362,8 @@ def open_scores(answer, golds, lang):
             start = re.match(rf"\W*{word}(?:\b|(?<=[{UNSPACED}]))", normalize_text(answer).lower())
             contained = contained or bool(start)
             exact = exact or answer_tokens(answer, lang) == answer_tokens(word, lang)
-        for metric, value in (("contained", contained), ("exact", exact), ("f1", token_f1(answer, gold, lang))):
-            best[metric] = max(best[metric], float(value))
+        scores = {"contained": contained, "exact": exact, "f1": token_f1(answer, gold, lang)}
+        best = {metric: max(best[metric], float(score)) for metric, score in scores.items()}
     return best
 
 
@@ -394,7 +401,7 @@ LETTERS = {local: letter for letter, others in CHOICE["letters"].items() for loc
 
 
 def option_texts(prompt, options):
-    """{option: its text} from a prompt's lines "(1) text"; the last of each, as questions may have such too."""
+    """{option: its text} from a prompt's lines "(1) text"; the last of each: questions may have some too."""
     lines = re.findall(rf"^\(([{options}])\)[ \t]*(.+)$", prompt, re.MULTILINE)
     return {option: text.strip() for option, text in lines}
 
@@ -408,8 +415,8 @@ def find_marks(answer, options):
     """The options that stand alone in an answer, in order, as matches."""
     if options[0].isdigit():
         return list(re.finditer(rf"(?<![\d{LATIN}.,])[{options}](?![\d{LATIN}]|[.,]\d)", answer))
-    # Neither in a word, nor in P(A) or U.S.A., nor elided as in C'est.
-    return list(re.finditer(rf"(?<![\d{LATIN}])(?<![\d{LATIN}][(.])[{options}](?![\d{LATIN}]|{ELISION})", answer))
+    before = rf"(?<![\d{LATIN}])(?<![\d{LATIN}][(.])"  # neither in a word, nor in P(A) or U.S.A.
+    return list(re.finditer(rf"{before}[{options}](?![\d{LATIN}]|{ELISION})", answer))
 
 
 def mark_letters(answer, options, texts):
@@ -434,7 +441,7 @@ def mark_letters(answer, options, texts):
 
 
 def text_after(mark, answer, forms):
-    """The option whose text follows a mark: the longest that does, whole or cut short; else one much like it."""
+    """The option whose text follows a mark: the longest, whole or cut short; else one much like it."""
     rest, found = bare(re.sub(r"^(?:[^\w\s\-−]|[-−–](?=\s)|\s)+", "", answer[mark.end():])), {}
     for option, texts in forms.items():
         for text in texts:
@@ -507,7 +514,8 @@ def choice(answer, options, texts):
                          ((start, cue.start()), (cue.end(), end)))  # "B is the answer", "the answer is B"
         if after or len(before) == 1:
             return confirmed((after or before)[0], marks, answer, known)
-        last = [o for o, (text,) in forms.items() if re.search(rf"(?<!\S){re.escape(text)}$", bare(clause[0]))]
+        said = f" {bare(clause[0])}"
+        last = [option for option, (text,) in forms.items() if said.endswith(f" {text}")]
         if named := find_text(clause[0], forms) or max(last, key=lambda o: len(forms[o][0]), default=None):
             return named
     if marks:
@@ -522,12 +530,17 @@ def choice(answer, options, texts):
     return find_text(answer, forms) or find_text(answer, known, tail=3)
 
 
+def likeliest(row):
+    """The options of the highest likelihood."""
+    return [o for o, value in row["likelihood"].items() if value == max(row["likelihood"].values())]
+
+
 def score_row(task, lang, item, row):
     """A row of OUT/answers with the option that its answer names, the golds and its scores, 0 to 1."""
     text, named = row["answer"], None
     if task in OPTIONS:
         named = choice(text, OPTIONS[task], option_texts(item.prompt, OPTIONS[task]))
-        best = [o for o, value in row["likelihood"].items() if value == max(row["likelihood"].values())]
+        best = likeliest(row)
         scores = {"accuracy": float(named in item.answer),
                   "likelihood": sum(option in item.answer for option in best) / len(best)}  # ties share
     elif task == "XLSum":
@@ -575,8 +588,8 @@ class BootstrapScore:
         interval, of_difference = (np.percentile(found, (2.5, 97.5)).tolist()
                                    for found in (self.resampled, self.resampled_difference))
         p = (1 + (abs(self.flipped) >= abs(self.difference) - 1e-12).sum()) / (1 + PERMUTATIONS)
-        return {"score": float(self.score), "interval": self.wilson or interval, "difference": float(self.difference),
-                "difference_interval": of_difference, "p": float(p)}
+        return {"score": float(self.score), "interval": self.wilson or interval,
+                "difference": float(self.difference), "difference_interval": of_difference, "p": float(p)}
 
 
 def wilson(values):
@@ -587,7 +600,7 @@ def wilson(values):
 
 
 def holm(rows):
-    """Add "p_holm" to the comparisons in the mean rows of all tasks together: p-values corrected for their number."""
+    """Add "p_holm", p-values corrected for their number, to the comparisons in the tasks' mean rows."""
     cells = [cell for task, lang, cells in rows if lang.startswith("mean") and task != "all"
              for cell in cells[1:] if cell]
     largest = 0.0
@@ -634,7 +647,7 @@ def averages(scores):
     tasks = {task for task, _ in scores if LIKELIHOOD not in task}
     if len(tasks) > 1:
         for lang in dict.fromkeys(lang for _, lang in found):
-            group = [columns for (task, found_lang), columns in found.items() if found_lang == lang and task in tasks]
+            group = [found[task, lang] for task in tasks if (task, lang) in found]
             if len(group) > 1:
                 found["all", lang] = mean(group)
     return holm([(task, lang, [score and score.summary() for score in columns])
@@ -648,19 +661,19 @@ def table(rows, columns):
     """Markdown: scores in per cent with their intervals per task and language; then the comparisons."""
     lines = ["| task | language | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for task, lang, cells in rows:
-        shown = ["{:.1f} ({:.1f}-{:.1f})".format(*(100 * x for x in (cell["score"], *cell["interval"]))) if cell else ""
-                 for cell in cells]
+        numbers = [cell and [100 * x for x in (cell["score"], *cell["interval"])] for cell in cells]
+        shown = ["{:.1f} ({:.1f}-{:.1f})".format(*found) if found else "" for found in numbers]
         lines.append(f"| {task} | {lang} | " + " | ".join(shown) + " |")
     if len(columns) > 1:
-        lines += ["", f"| task | language | against {columns[0]} | difference | 95 % interval | p | p (Holm) |",
-                  "|---|---|---|---|---|---|---|"]
+        heads = "task", "language", f"against {columns[0]}", "difference", "95 % interval", "p", "Holm's p"
+        lines += ["", "| " + " | ".join(heads) + " |", "|---|---|---|---|---|---|---|"]
     for task, lang, cells in rows:
         for column, cell in list(zip(columns, cells, strict=True))[1:] if lang.startswith("mean") else ():
             if cell:
                 difference, low, high = (100 * x for x in (cell["difference"], *cell["difference_interval"]))
                 corrected = f"{cell['p_holm']:.4f}" if "p_holm" in cell else ""
-                lines.append(f"| {task} | {lang} | {column} | {difference:+.1f} | {low:+.1f} to {high:+.1f} | "
-                             f"{cell['p']:.4f} | {corrected} |")
+                lines.append(f"| {task} | {lang} | {column} | {difference:+.1f} | {low:+.1f} to {high:+.1f} |"
+                             f" {cell['p']:.4f} | {corrected} |")
     return "\n".join(lines)
 
 
@@ -680,15 +693,17 @@ def secondary_table(cells, seconds, columns):
     """Markdown: the details' means over languages, and items and seconds of each task."""
     lines = ["", "| task | mean of | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for task in dict.fromkeys(cell["task"] for cell in cells):
-        of = [[cell for cell in cells if (cell["task"], cell["column"]) == (task, column)] for column in columns]
-        rows = {what: [np.mean([details(cell)[what] for cell in found]) if found else math.nan for found in of]
-                for what in details(of[0][0])}
-        rows["items"] = [sum(cell["items"] for cell in found) for found in of]
-        rows["seconds"] = [sum(s for task_of, name, s in seconds if (task_of, name) == (task, column))
-                           for column in columns]
-        for what, row in rows.items():
-            shown = [f"{number:.{0 if what == 'items' else 1}f}" for number in row]
-            lines.append(f"| {task} | {what} | " + " | ".join(shown) + " |")
+        rows = {}  # {what: a number per column}
+        for column in columns:
+            of_column = [cell for cell in cells if (cell["task"], cell["column"]) == (task, column)]
+            shares = [details(cell) for cell in of_column]
+            for what in details(next(cell for cell in cells if cell["task"] == task)):
+                mean = f"{np.mean([share[what] for share in shares]):.1f}" if shares else ""
+                rows.setdefault(what, []).append(mean)
+            rows.setdefault("items", []).append(str(sum(cell["items"] for cell in of_column)))
+            taken = sum(taken for of_task, name, taken in seconds if (of_task, name) == (task, column))
+            rows.setdefault("seconds", []).append(f"{taken:.1f}")
+        lines += [f"| {task} | {what} | " + " | ".join(row) + " |" for what, row in rows.items()]
     return "\n".join(lines)
 
 
@@ -717,9 +732,10 @@ class Results:
     def __init__(self, args):
         self.columns, self.answers, self.cells = [], [], []  # answers: {(task, lang): rows} of each column
         self.seconds = []  # (task, column, seconds) of each cell
-        self.about = {"arguments": vars(args), "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(),
-                      "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                      "models": {}}
+        self.about = {
+            "arguments": vars(args), "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(),
+            "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "models": {}}
 
     def add(self, column, task, lang, rows, seconds, **about):
         """Take over a column's scored answers to a task in one language. about: model and connection."""
@@ -729,22 +745,25 @@ class Results:
         self.answers[-1][task, lang] = rows
         self.seconds.append((task, column, seconds))
         options = OPTIONS.get(task, "")
-        golds = [sum(option in row["gold"] for row in rows) / len(rows) for option in options]
+
+        def mean(share):
+            return sum(map(share, rows)) / len(rows)
+        golds = [mean(lambda row, o=option: o in row["gold"]) for option in options]
         self.cells.append({
             "column": column, **about, "task": task, "lang": lang, "items": len(rows),
-            "scores": {metric: sum(row["scores"][metric] for row in rows) / len(rows) for metric in rows[0]["scores"]},
+            "scores": {metric: mean(lambda row, m=metric: row["scores"][m]) for metric in rows[0]["scores"]},
             "chance": sum(golds) / len(golds) if golds else None, "majority": max(golds, default=None),
             "picked": {option: sum(row["choice"] == option for row in rows) for option in options},
-            "likeliest": {option: sum(row["likelihood"][option] == max(row["likelihood"].values()) for row in rows)
-                          for option in options},
+            "likeliest": {option: sum(option in likeliest(row) for row in rows) for option in options},
             "unparsed": sum(row["choice"] is None for row in rows) if options else 0,
-            "truncated": sum(row["truncated"] for row in rows), "shortened": sum(row["shortened"] for row in rows),
+            **{flag: sum(row[flag] for row in rows) for flag in ("truncated", "shortened")},
             "unreachable": sum(unreachable(row["gold"], lang) for row in rows)})
 
     def write(self, out, plots=None):
-        """Write results.json, results.md and, where `plots` names a folder, the pictures. Returns the tables."""
+        """Write results.json, results.md and, if `plots` names a folder, the pictures. Returns the tables."""
         rows = averages(compare(self.answers))
-        markdown = "\n".join([table(rows, self.columns), secondary_table(self.cells, self.seconds, self.columns)])
+        tables = table(rows, self.columns), secondary_table(self.cells, self.seconds, self.columns)
+        markdown = "\n".join(tables)
         summaries = [{"task": task, "lang": lang, "column": column, **cell} for task, lang, cells in rows
                      for column, cell in zip(self.columns, cells, strict=True) if cell]
         everything = {**self.about, "results": self.cells, "summaries": summaries, "seconds": self.seconds}
@@ -756,17 +775,18 @@ class Results:
 
     def notices(self):
         """What a reader of the tables must know, line by line."""
-        for what, meaning in (("unparsed", "answers named no option, or several, and count as wrong"),
-                              ("truncated", "answers were cut at --max_new_tokens"),
-                              ("shortened", "prompts were shortened to fit"),
-                              ("unreachable", "golds are dates, yes or no in a language without a table of these")):
+        meanings = {"unparsed": "answers named no option, or several, and count as wrong",
+                    "truncated": "answers were cut at --max_new_tokens",
+                    "shortened": "prompts were shortened to fit",
+                    "unreachable": "golds are dates, yes or no; data/languages.json lacks the words"}
+        for what, meaning in meanings.items():
             for column in self.columns:
                 if count := sum(cell[what] for cell in self.cells if cell["column"] == column):
                     yield f"{column}: {count} {meaning}"
         for task in dict.fromkeys(cell["task"] for cell in self.cells):
             if len({cell["items"] for cell in self.cells if cell["task"] == task}) > 1:
-                yield (f"{task}: languages differ in their number of items; the intervals of its means take items of "
-                       "the same number for translations of one another")
+                yield (f"{task}: languages differ in their number of items; the intervals of its means take "
+                       "items of the same number for translations of one another")
         yield "intervals and p-values are over items: another seed of the training is not in them"
         if any(cell["task"] in OPTIONS for cell in self.cells):
             yield "untuned models prefer some options whatever is asked: see the shares of picked options"
@@ -782,7 +802,7 @@ def evaluate(engine, column, folder, todo, args, dist, results, **about):
         if engine:
             rows = give_answers(engine, of_model, path, task, items, args, dist)
         elif (rows := read_answers(path, len(items))) is None:
-            raise UserError(f"{path}: has not {len(items)} answers, one to each item; answer without --rescore")
+            raise UserError(f"{path}: has not {len(items)} answers, one per item; answer without --rescore")
         rows = [score_row(task, lang, item, row) for item, row in zip(items, rows, strict=True)]
         results.add(column, task, lang, rows, round(time.time() - start, 1), **about)
         dist.on_rank0(write_json_lines, path, rows)
@@ -847,14 +867,15 @@ def main():
     with Dist.start("gloo") as dist:  # gloo: only answers are exchanged, each process has the whole model
         for model, folder in folders.items():
             for connection, engine in open_columns(model, folder, args, results, dist):
-                column = ", ".join([model] * (len(args.model) > 1) + [connection] * (len(args.connection or "") > 1))
-                evaluate(engine, column or model, Path(f"{folder}_{connection}"), todo, args, dist, results,
-                         model=model, connection=connection)
+                names = [model] * (len(args.model) > 1) + [connection] * (len(args.connection or "") > 1)
+                evaluate(engine, ", ".join(names) or model, Path(f"{folder}_{connection}"), todo, args, dist,
+                         results, model=model, connection=connection)
                 del engine  # before the next model is loaded
         if dist.rank == 0:
             markdown = results.write(out, args.plot)
             dist.print0("\n".join([*results.notices(), ""]))
-            dist.print0(f"scores in per cent (95 % intervals)\n\n{markdown}\n\nresults and answers are in {out}")
+            dist.print0(f"scores in per cent (95 % intervals)\n\n{markdown}")
+            dist.print0(f"\nresults and answers are in {out}")
 
 
 if __name__ == "__main__":

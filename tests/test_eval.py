@@ -387,7 +387,7 @@ TABLE = """\
 | all | mean | 50.0 (50.0-50.0) | 75.0 (75.0-75.0) | 0.0 (0.0-0.0) |
 | all | mean without en | 25.0 (25.0-25.0) | 100.0 (100.0-100.0) | 0.0 (0.0-0.0) |
 
-| task | language | against a | difference | 95 % interval | p | p (Holm) |
+| task | language | against a | difference | 95 % interval | p | Holm's p |
 |---|---|---|---|---|---|---|
 | XNLI | mean | b | +0.0 | +0.0 to +0.0 | 1.0000 | 1.0000 |
 | XNLI | mean | c | -50.0 | -50.0 to -50.0 | 0.0001 | 0.0010 |
