@@ -1419,20 +1419,20 @@ def write_text(path, text):
 
     A link is followed, the mode of an existing file kept; a device or pipe is written to directly.
     """
-    is_special = Path(path).exists() and not Path(path).is_file()
+    content = text.encode(errors="backslashreplace")  # for halves of surrogate pairs
+    if Path(path).exists() and not Path(path).is_file():
+        return Path(path).write_bytes(content)
     target = Path(os.path.realpath(path))
-    temporary = Path(path) if is_special else target.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # for halves of surrogate pairs
-        if not is_special:
-            sync(temporary)
-            if target.exists():
-                shutil.copymode(target, temporary)
-            os.replace(temporary, target)
+        temporary.write_bytes(content)
+        sync(temporary)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
     except BaseException as error:
-        if not is_special:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)  # not the temporary file's
         raise
