@@ -298,8 +298,8 @@ def sample_next_token(logits, temperature, top_p, generators):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() - logits.float().amax(-1, keepdim=True)  # at most 0: no division overflows to inf
-    p, tokens = (logits / max(temperature, 1e-30)).softmax(-1).sort(-1, descending=True)  # (B, V)
+    temperature = max(temperature, 1e-30)  # below, logits overflow
+    p, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
     more_likely = p.cumsum(-1) - p  # probability of all more likely tokens
     p = p.masked_fill((more_likely >= top_p) & (more_likely > 0), 0)  # the most likely one always stays
     uniform = torch.tensor([[g.random()] for g in generators], device=logits.device)  # (B, 1)
