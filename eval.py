@@ -657,24 +657,49 @@ def averages(scores):
 
 # ----------------------------------------------------------------------------------------------- results
 
-def table(rows, columns):
-    """Markdown: scores in per cent with their intervals per task and language; then the comparisons."""
-    lines = ["| task | language | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+def markdown(*rows):
+    """The lines of a table; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def score_table(rows, columns):
+    """Scores in per cent with their intervals, per task and language."""
+    lines = [["task", "language", *columns]]
     for task, lang, cells in rows:
-        numbers = [cell and [100 * x for x in (cell["score"], *cell["interval"])] for cell in cells]
-        shown = ["{:.1f} ({:.1f}-{:.1f})".format(*found) if found else "" for found in numbers]
-        lines.append(f"| {task} | {lang} | " + " | ".join(shown) + " |")
-    if len(columns) > 1:
-        heads = "task", "language", f"against {columns[0]}", "difference", "95 % interval", "p", "Holm's p"
-        lines += ["", "| " + " | ".join(heads) + " |", "|---|---|---|---|---|---|---|"]
-    for task, lang, cells in rows:
-        for column, cell in list(zip(columns, cells, strict=True))[1:] if lang.startswith("mean") else ():
+        found = [cell and [100 * x for x in (cell["score"], *cell["interval"])] for cell in cells]
+        shown = ["{:.1f} ({:.1f}-{:.1f})".format(*numbers) if numbers else "" for numbers in found]
+        lines.append([task, lang, *shown])
+    return markdown(*lines)
+
+
+def comparison_table(rows, columns):
+    """Differences of the means to the first column, in per cent."""
+    lines = [["task", "language", f"against {columns[0]}", "difference", "95 % interval", "p", "Holm's p"]]
+    for task, lang, (_, *others) in (row for row in rows if row[1].startswith("mean")):
+        for column, cell in zip(columns[1:], others, strict=True):
             if cell:
                 difference, low, high = (100 * x for x in (cell["difference"], *cell["difference_interval"]))
                 corrected = f"{cell['p_holm']:.4f}" if "p_holm" in cell else ""
-                lines.append(f"| {task} | {lang} | {column} | {difference:+.1f} | {low:+.1f} to {high:+.1f} |"
-                             f" {cell['p']:.4f} | {corrected} |")
-    return "\n".join(lines)
+                lines.append([task, lang, column, f"{difference:+.1f}", f"{low:+.1f} to {high:+.1f}",
+                              f"{cell['p']:.4f}", corrected])
+    return markdown(*lines)
+
+
+def detail_table(cells, seconds, columns):
+    """What explains the scores: means over languages in per cent; items and seconds of each task."""
+    lines = [["task", "mean of", *columns]]
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        found = [[cell for cell in cells if (cell["task"], cell["column"]) == (task, column)]
+                 for column in columns]
+        shares = [[details(cell) for cell in of_column] for of_column in found]
+        for what in shares[0][0]:
+            means = [f"{np.mean([share[what] for share in of]):.1f}" if of else "" for of in shares]
+            lines.append([task, what, *means])
+        lines.append([task, "items", *(str(sum(cell["items"] for cell in of)) for of in found)])
+        taken = [sum(s for of, name, s in seconds if (of, name) == (task, column)) for column in columns]
+        lines.append([task, "seconds", *(f"{s:.1f}" for s in taken)])
+    return markdown(*lines)
 
 
 def details(cell):
@@ -687,24 +712,6 @@ def details(cell):
         shares["unparsed"] = cell["unparsed"] / cell["items"]
     shares["truncated"] = cell["truncated"] / cell["items"]
     return {what: 100 * share for what, share in shares.items()}
-
-
-def secondary_table(cells, seconds, columns):
-    """Markdown: the details' means over languages, and items and seconds of each task."""
-    lines = ["", "| task | mean of | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
-    for task in dict.fromkeys(cell["task"] for cell in cells):
-        rows = {}  # {what: a number per column}
-        for column in columns:
-            of_column = [cell for cell in cells if (cell["task"], cell["column"]) == (task, column)]
-            shares = [details(cell) for cell in of_column]
-            for what in details(next(cell for cell in cells if cell["task"] == task)):
-                mean = f"{np.mean([share[what] for share in shares]):.1f}" if shares else ""
-                rows.setdefault(what, []).append(mean)
-            rows.setdefault("items", []).append(str(sum(cell["items"] for cell in of_column)))
-            taken = sum(taken for of_task, name, taken in seconds if (of_task, name) == (task, column))
-            rows.setdefault("seconds", []).append(f"{taken:.1f}")
-        lines += [f"| {task} | {what} | " + " | ".join(row) + " |" for what, row in rows.items()]
-    return "\n".join(lines)
 
 
 def load_plot():
@@ -744,14 +751,11 @@ class Results:
             self.answers.append({})
         self.answers[-1][task, lang] = rows
         self.seconds.append((task, column, seconds))
-        options = OPTIONS.get(task, "")
-
-        def mean(share):
-            return sum(map(share, rows)) / len(rows)
-        golds = [mean(lambda row, o=option: o in row["gold"]) for option in options]
+        options, count, metrics = OPTIONS.get(task, ""), len(rows), rows[0]["scores"]
+        golds = [sum(option in row["gold"] for row in rows) / count for option in options]
         self.cells.append({
-            "column": column, **about, "task": task, "lang": lang, "items": len(rows),
-            "scores": {metric: mean(lambda row, m=metric: row["scores"][m]) for metric in rows[0]["scores"]},
+            "column": column, **about, "task": task, "lang": lang, "items": count,
+            "scores": {metric: sum(row["scores"][metric] for row in rows) / count for metric in metrics},
             "chance": sum(golds) / len(golds) if golds else None, "majority": max(golds, default=None),
             "picked": {option: sum(row["choice"] == option for row in rows) for option in options},
             "likeliest": {option: sum(option in likeliest(row) for row in rows) for option in options},
@@ -762,16 +766,18 @@ class Results:
     def write(self, out, plots=None):
         """Write results.json, results.md and, if `plots` names a folder, the pictures. Returns the tables."""
         rows = averages(compare(self.answers))
-        tables = table(rows, self.columns), secondary_table(self.cells, self.seconds, self.columns)
-        markdown = "\n".join(tables)
+        lines = score_table(rows, self.columns)
+        if len(self.columns) > 1:
+            lines += ["", *comparison_table(rows, self.columns)]
+        tables = "\n".join([*lines, "", *detail_table(self.cells, self.seconds, self.columns)])
         summaries = [{"task": task, "lang": lang, "column": column, **cell} for task, lang, cells in rows
                      for column, cell in zip(self.columns, cells, strict=True) if cell]
         everything = {**self.about, "results": self.cells, "summaries": summaries, "seconds": self.seconds}
         write_text(out / "results.json", json.dumps(everything, indent=1))
-        write_text(out / "results.md", markdown + "\n")
+        write_text(out / "results.md", tables + "\n")
         if plots:
             load_plot().draw(Path(plots), rows, self)
-        return markdown
+        return tables
 
     def notices(self):
         """What a reader of the tables must know, line by line."""
@@ -872,9 +878,9 @@ def main():
                          results, model=model, connection=connection)
                 del engine  # before the next model is loaded
         if dist.rank == 0:
-            markdown = results.write(out, args.plot)
+            tables = results.write(out, args.plot)
             dist.print0("\n".join([*results.notices(), ""]))
-            dist.print0(f"scores in per cent (95 % intervals)\n\n{markdown}")
+            dist.print0(f"scores in per cent (95 % intervals)\n\n{tables}")
             dist.print0(f"\nresults and answers are in {out}")
 
 
