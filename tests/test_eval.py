@@ -101,7 +101,7 @@ LABELLED = json.loads((ROOT / "tests" / "answers.json").read_text(encoding="utf-
 
 def test_choice_as_a_reader():
     """Catches a change that helps one wording and loses others, in any language: what 250 wordings and the
-    answers of three models name, labelled by hand. The rest are paraphrases and echoes of the prompt."""
+    answers of three models name, labelled by hand. The few that it misses are paraphrases and echoes."""
     tasks, missed, count = {"nli": "XNLI", "st": "XStoryCloze"}, Counter(), Counter()
     for kind, rows in [(key.split(":")[0], rows) for key, rows in LABELLED.items() if ":" in key]:
         for *of, lang, texts, answer, named in rows:
@@ -111,7 +111,8 @@ def test_choice_as_a_reader():
                 count[group] += 1
                 missed[group] += choice(answer, options, texts) != named
     assert count["wordings"] >= 150 and count["real"] >= 150
-    assert all(missed[group] <= max(1, 0.03 * count[group]) for group in count), missed
+    assert all(missed[kind] <= 0.03 * count[kind] for kind in ("wordings", "real"))
+    assert all(missed[group] <= max(2, 0.03 * count[group]) for group in count), missed
 
 
 @pytest.mark.parametrize("lang, answer, gold, contained, exact, f1", [
