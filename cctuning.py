@@ -185,6 +185,11 @@ class CCTuning(nn.Module):
             noise = torch.tensor(np.stack(noise), device=ids.device)
         return self.decision_maker(activations, select_positions(embeddings, position), noise)
 
+    def picked_layers(self, batch):
+        """The layers (B,) that the Decision Maker picks for a Batch with its English prompts."""
+        activations = self.activations(batch.english_ids, batch.english_position)
+        return self.pick(activations, batch.ids, self.lm.embed(batch.ids), batch.position)[1].argmax(-1)
+
     def forward(self, batch, connection="english", noise=None, english_grad=False):
         """Steps 1 to 4: the loss of a Batch, summed over its answer tokens.
 

@@ -313,7 +313,8 @@ def shard(cc, dist, dtype):
     mesh = torch.distributed.init_device_mesh(dist.device.type, (dist.world_size,))
     for module in [*cc.lm.model.layers, cc]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(cc, "activations")
+    for method in ("activations", "picked_layers"):
+        register_fsdp_forward_method(cc, method)
     cc.to_empty(device=dist.device)
 
 
@@ -531,7 +532,7 @@ def train_step(setup, cc, optimizer, step):
 
 @torch.no_grad()
 def validate(setup, cc, connections):
-    """{connection: validation loss}, the mean per answer token without noise; and the same as text."""
+    """{connection: validation loss}, the mean per answer token without noise."""
     samples, losses = sorted(setup.eval_samples, key=lambda s: -len(s.ids)), {}
     for connection in connections:
         total = torch.zeros(2, dtype=torch.float64, device=setup.dist.device)  # loss, answer tokens
@@ -543,7 +544,39 @@ def validate(setup, cc, connections):
         loss, count = setup.dist.sum(total).tolist()
         losses[connection] = loss / count
     reshard(cc)
-    return losses, ", ".join(f"{loss:.4f} {name}" for name, loss in losses.items())
+    return losses
+
+
+@torch.no_grad()
+def favourite_layer(setup, cc):
+    """The layer that the Decision Maker picks most often with the validation prompts, and its share, in words."""
+    if setup.args.method == "sft" or setup.config.source_layer != "decision_maker":
+        return None
+    counts = torch.zeros(setup.config.num_hidden_layers, device=setup.dist.device)
+    for group, weight in setup.dist.micro_batches(setup.eval_samples, setup.args.micro_batch):
+        with setup.autocast():
+            layers = cc.picked_layers(collate(group, setup.tokenizer.connection_index, setup.dist.device))
+        counts += weight * layers.bincount(minlength=len(counts))
+    reshard(cc)
+    share, layer = (setup.dist.sum(counts) / len(setup.eval_samples)).max(0)
+    return f"layer {int(layer)} ({100 * share:.0f} %)"
+
+
+def report_validation(setup, cc, before, log):
+    """Print what training did to the validation loss, and whether the connection helps."""
+    losses, names = validate(setup, cc, setup.connections), {"none": "no connection", "matrix": "matrix",
+                                                             "english": "real English"}
+    log.write(eval_loss=losses)
+    rows = {"base model": before.get("base_loss"), **{names[c]: losses[c] for c in names if c in losses}}
+    lines = ["validation loss (lower is better)", *(f"  {name:<15}{loss:.4f}" for name, loss in rows.items() if loss)]
+    if favourite := favourite_layer(setup, cc):
+        lines.append(f"the Decision Maker's favourite: {before.get('favourite', 'not measured')} before training, "
+                     f"{favourite} after")
+    if "matrix" in losses:
+        lines.append("The matrix, which inference uses, is " + (
+            "better than no connection." if losses["matrix"] < losses["none"] else
+            "no better than no connection: on this data the connection does not help at inference."))
+    setup.dist.print0("\n".join(lines))
 
 
 @torch.no_grad()
@@ -700,7 +733,7 @@ class Log:
 
     def __init__(self, out, start, dist):
         """Keep the lines up to step `start` of a resumed run; remove what other runs left in `out`."""
-        self.file, path, lines = None, out / "train_log.jsonl", []
+        self.first, self.file, path, lines = {}, None, out / "train_log.jsonl", []
         if dist.rank > 0:
             return
         for line in read_text(path).splitlines() if start and path.exists() else []:
@@ -709,6 +742,8 @@ class Log:
         checkpoints = (out / "checkpoints").glob(f"{STEP}*")
         for old in [out / "saving.tmp", *(path for path in checkpoints if path.suffix == ".tmp" or not start)]:
             shutil.rmtree(old, ignore_errors=True)
+        if lines and json.loads(lines[0])["step"] == 0:
+            self.first = json.loads(lines[0])  # measured before the first step
         write_text(path, "".join(line + "\n" for line in lines))
         self.file = open(path, "a", encoding="utf-8")
 
@@ -740,6 +775,10 @@ def train(args, stop_signals):
                     f"{str(setup.dtype).removeprefix('torch.')}: {len(setup.samples)} samples, template "
                     f"{setup.tokenizer.template}, {len(setup.steps)} steps"
                     + (f", resumed after step {start}" if start else ""))
+        before = log.first
+        if setup.eval_samples and not start:
+            before = {"base_loss": validate(setup, cc, ("none",))["none"], "favourite": favourite_layer(setup, cc)}
+            log.write(step=0, **before)
         train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals)
         info = {"run": setup.run_info, "template": setup.tokenizer.template, "method": args.method,
                 "source_layer": setup.config.source_layer, "fusion_layer": setup.config.fusion_layer,
@@ -754,13 +793,12 @@ def train(args, stop_signals):
             if info["matrix"]["doubt"]:
                 dist.print0(info["matrix"]["doubt"])
         if setup.eval_samples:
-            losses, shown = validate(setup, cc, setup.connections)
-            log.write(eval_loss=losses)
-            dist.print0(f"validation loss: {shown}")
+            report_validation(setup, cc, before, log)
         save_result(setup, cc, loaded.dtypes, info)
         dist.print0(f"saved to {args.out}\nnext: python infer.py"
                     + ("" if args.out == "out" else f" --model {args.out}")
-                    + (" --lang sw" if args.embedded else " --prompt ..."))
+                    + (" --lang sw" if args.embedded else " --prompt ...") + ", python eval.py"
+                    + ("" if args.embedded else f" --model {args.out} --data BENCHMARKS"))
 
 
 def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
@@ -796,9 +834,9 @@ def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
 
         # validate; after the last epoch train() does
         if setup.eval_samples and not is_last and steps[step + 1][0] != epoch:
-            losses, shown = validate(setup, cc, setup.connections[:1])
+            losses = validate(setup, cc, setup.connections[:1])
             log.write(step=step + 1, epoch=epoch, eval_loss=losses)
-            dist.print0(f"epoch {epoch + 1}/{args.epochs}: validation loss {shown}")
+            dist.print0(f"epoch {epoch + 1}/{args.epochs}: validation loss {min(losses.values()):.4f}")
 
         # save, after the last step too: fitting and saving may be interrupted
         is_orphan = dist.torchrun not in (None, os.getppid())  # torchrun was killed

@@ -128,7 +128,7 @@ def test_steps(trained):
     epochs = [trained.steps[i:i + 3] for i in range(0, len(trained.steps), 3)]
     assert len(epochs) == trained.options.get("epochs", 2)
     assert all(sorted(sum(epoch, [])) == list(range(12)) for epoch in epochs) and epochs[0] != epochs[1]
-    assert logged(trained.out, "step")[:3].tolist() == [1, 2, 3]
+    assert logged(trained.out, "step")[:4].tolist() == [0, 1, 2, 3]  # 0: measured before the first
     assert np.abs(losses(trained.out) - trained.expected.losses).max() < 1e-4
     assert np.abs(logged(trained.out, "grad_norm") / trained.expected.norms - 1).max() < 1e-3
     assert max(trained.expected.norms) > 2  # what clipping at 1 changes
@@ -206,6 +206,21 @@ def test_matrix_and_validation(trained):
         assert note["r_squared"] == pytest.approx(explained(model, test, matrix), abs=2e-3)
         model.tensors["transform_matrix"] = matrix.float()
     assert last == {c: pytest.approx(mean_loss(model, trained.held, c), abs=1e-4) for c in connections}
+
+
+def test_report(trained):
+    """Catches a base loss of another model or connection than the one before training, a table with columns mixed
+    up, and a verdict on the matrix that the losses do not give."""
+    entries, cc = json_lines(trained.out / "train_log.jsonl"), trained.options.get("method", "cc") == "cc"
+    base, last = entries[0]["base_loss"], [entry for entry in entries if "eval_loss" in entry][-1]["eval_loss"]
+    assert base == pytest.approx(mean_loss(Reference(trained.folder), trained.held, "none"), abs=1e-4)
+    expected = {"base model": base, "no connection": last["none"]}
+    expected |= {"matrix": last["matrix"], "real English": last["english"]} if cc else {}
+    assert dict(re.findall(r"^  (\w.*?)  +(\d\.\d{4})$", trained.said, re.MULTILINE)) == {
+        name: f"{loss:.4f}" for name, loss in expected.items()}
+    assert len(re.findall(r"layer \d \(\d+ %\)", trained.said)) == (2 if cc else 0)
+    if cc:
+        assert ("is better than no connection" in trained.said) == (last["matrix"] < last["none"])
 
 
 def test_noted(trained):
