@@ -424,7 +424,7 @@ def test_embedded_defaults(checkpoint, tmp_path, ran, run, stop_at):
         code, said, err = run("train", "--out", out)
     assert code == 128 + signal.SIGINT, err
     count = 2 * math.ceil(len((ROOT / "data" / "train.jsonl").read_text().splitlines()) / 32)
-    assert f" of {count}, saved" in said and {len(call) for call in calls} == {32}
+    assert f" of {count}, saved" in said and max(len(call) for call in calls) == 32
     assert logged(out, "lr")[0] == pytest.approx(1e-4 / math.ceil(count / 10))
     code, _, err = run("train", "--out", shutil.copytree(checkpoint(), tmp_path / "other"))
     assert code == 2 and "other/config.json: was not written by train.py" in err
