@@ -416,8 +416,12 @@ def main():
         else:
             line = text.replace("\n", "\\n")
             if args.prompt is None:
-                line = f"{record.prompt}  {line}  [right: {record.answer}]"
+                verdict = "right" if text == record.answer else f"wrong: {record.answer}"
+                line = f"{record.prompt}  {line}  [{verdict}]"
             print(line + (f"  {engine.explain(answer)}" if args.explain else ""))
+    if args.prompt is None and not args.input:
+        right = sum(engine.tokenizer.decode(a.ids) == r.answer for r, a in zip(records, answers, strict=True))
+        print(f"{right} of {len(records)} right; python eval.py scores all of them")
     if args.output:
         write_json_lines(args.output, lines)
     else:

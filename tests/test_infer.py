@@ -417,8 +417,10 @@ def test_embedded_questions(run, ask, lang):
     options = ["--max_new_tokens=4", "--connection=english", *(["--lang", lang] if lang else [])]
     code, out, err = run("infer", "--model", tuned, *options, "--explain")
     assert code == 0, err
-    pattern = re.compile(r"(.*?)  (.*)  \[right: (.*)\]  \[connection english: .*\]")
-    lines = [pattern.fullmatch(line).groups() for line in out.splitlines()]
+    pattern = re.compile(r"(.*?)  (.*)  \[(?:right|wrong: (.*))\]  \[connection english: .*\]")
+    *lines, total = out.splitlines()
+    lines = [(question, text, wrong or text) for question, text, wrong in (pattern.fullmatch(x).groups() for x in lines)]
+    assert total.startswith(f"{sum(text == answer for _, text, answer in lines)} of 7 right; ")
     numbers = [own.index({"instruction": question}) for question, _, _ in lines]
     assert len(set(numbers)) == 7 and [answer for _, _, answer in lines] == [right[i] for i in numbers]
     records = [{**own[i], "instruction_en": english[i]["instruction"]} for i in numbers]
