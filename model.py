@@ -253,7 +253,7 @@ class RMSNorm(nn.Module):
 def rotary_embedding(config, positions):
     """Cosines and sines of the rotary embedding (arXiv 2104.09864).
 
-    positions (B, T) or (1, T) -> (2, B or 1, 1, T, D) float32. Dimension i is paired with i + D/2
+    positions (B, T) or (1, T) -> (2, B or 1, T, 1, D) float32. Dimension i is paired with i + D/2
     (the split-half layout of Hugging Face checkpoints): a pair (a, b) turns into
     (a cos - b sin, b cos + a sin), hence the minus on the sines of the first half.
     """
@@ -268,13 +268,13 @@ def rotary_embedding(config, positions):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
-    angle = (positions.float()[..., None] * frequency)[:, None]  # (B, 1, T, D/2)
+    angle = positions.float()[..., None, None] * frequency  # (B, T, 1, D/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 def rotate(x, rotary):
-    """Rotate x (B, heads, T, D) by its positions' angles: rotary (2, B or 1, 1, T, D), or None for no rotation."""
+    """Rotate x (B, T, heads, D) by the angles of rotary (2, B or 1, T, 1, D); None: not at all."""
     if rotary is None:
         return x
     cos, sin = rotary.to(x.dtype)
@@ -294,19 +294,16 @@ class KVCache:
                        for _ in range(config.num_hidden_layers)]
         self.length = 0
 
-    def update(self, layer, k, v, positions=None):
-        """Write k, v (B, kv, T, D) at positions (B, T); None: positions 0 to T - 1.
+    def update(self, layer, k, v, at=None):
+        """Write k, v (B, kv, T, D) at positions (B, 1, T, 1), expanded to their shape; None: 0 to T - 1.
 
         Returns the keys and values of all positions in use, (B, kv, length, D) each.
         """
         keys, values = (tensor[:, :, :self.length] for tensor in self.layers[layer])
-        if positions is None:
+        if at is None:
             keys[:], values[:] = k, v
             return k, v
-        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
-        keys[rows, :, positions] = k.transpose(1, 2)  # this indexing takes (B, T, kv, D)
-        values[rows, :, positions] = v.transpose(1, 2)
-        return keys, values
+        return keys.scatter_(2, at, k), values.scatter_(2, at, v)
 
     def keep_rows(self, rows):
         """Keep only these rows. Layer by layer, so that memory never holds the cache twice."""
@@ -329,20 +326,21 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def split_heads(self, x, norm=None):
+    def split_heads(self, x, norm=None, rotary=None):
         x = x.unflatten(-1, (-1, self.head_dim))  # (B, T, heads, D)
-        return (x if norm is None else norm(x)).transpose(1, 2)  # (B, heads, T, D)
+        return rotate(x if norm is None else norm(x), rotary).transpose(1, 2)  # (B, heads, T, D)
 
     def keys_values(self, x, rotary):
         """Keys and values (B, kv, T, D) of x (B, T, d)."""
-        return rotate(self.split_heads(self.k_proj(x), self.k_norm), rotary), self.split_heads(self.v_proj(x))
+        return self.split_heads(self.k_proj(x), self.k_norm, rotary), self.split_heads(self.v_proj(x))
 
     def forward(self, x, rotary, k, v, mask):
         """The queries of x (B, T, d) attend to k, v (B, kv, K, D): (B, T, d).
 
-        mask (B or 1, 1, T, K): True where a query may look; None: causal, K = T.
+        mask (B, 1, group * T or 1, K), for the query heads of one key head: True where a query may look, or
+            what is added to the scores; None: causal, K = T.
         """
-        q = rotate(self.split_heads(self.q_proj(x), self.q_norm), rotary)  # (B, heads, T, D)
+        q = self.split_heads(self.q_proj(x), self.q_norm, rotary)  # (B, heads, T, D)
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -350,9 +348,21 @@ class Attention(nn.Module):
             # query heads that share a key head become rows of one query.
             group = q.shape[1] // k.shape[1]
             q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, kv, group * T, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, group, 1))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             y = y.unflatten(2, (group, -1)).flatten(1, 2)  # (B, heads, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, D) -> (B, T, d)
+
+
+def attention_mask(config, positions, length, dtype):
+    """0 where a query at positions (B, T) may look, -inf at later keys: (B, 1, group * T, K), K = length.
+
+    Once for all layers, as GPU kernels take it: numbers, with rows a multiple of 8 apart. They would convert
+    and copy any other mask, in every layer.
+    """
+    group = config.num_attention_heads // config.num_key_value_heads
+    keys = torch.arange(-(-length // 8) * 8, device=positions.device)
+    later = (keys > positions[:, :, None]).repeat(1, group, 1)[:, None]
+    return torch.zeros_like(later, dtype=dtype).masked_fill_(later, -torch.inf)[..., :length]
 
 
 class SwiGLU(torch.autograd.Function):
@@ -411,7 +421,7 @@ class DecoderLayer(nn.Module):
         if only_at is not None:
             x, h = (select_positions(t, only_at)[:, None] for t in (x, h))  # (B, 1, d)
             if rotary is not None:
-                rotary = rotary[:, 0, 0, :][:, only_at][:, :, None, None]  # (2, B, 1, 1, D)
+                rotary = rotary[:, 0, only_at][:, :, None]  # (2, B, 1, 1, D)
             keys = torch.arange(k.shape[2], device=x.device)
             mask = (keys <= only_at[:, None])[:, None, None]  # (B, 1, 1, K)
         x = x + self.self_attn(h, rotary, k, v, mask)
@@ -459,15 +469,15 @@ class Transformer(nn.Module):
         first_layer: start there; x is then the input of that layer.
         """
         config, layers = self.config, self.model.layers
-        rotary_positions, mask = positions, None
+        rotary_positions, mask, at = positions, None, None
         if positions is None:
             rotary_positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
             if cache is not None:
                 cache.length = x.shape[1]
         else:
-            keys = torch.arange(cache.length, device=x.device)
-            mask = (keys <= positions[:, :, None])[:, None]  # (B, 1, T, K)
-        rotary = rotary_embedding(config, rotary_positions)
+            mask = attention_mask(config, positions, cache.length, x.dtype)
+            at = positions[:, None, :, None].expand(-1, config.num_key_value_heads, -1, config.head_dim)
+        rotary = rotary_embedding(config, rotary_positions).to(x.dtype)
         activations, fusion_input = [], None
         for i in range(first_layer, len(layers)):
             is_last = i == len(layers) - 1
@@ -475,13 +485,13 @@ class Transformer(nn.Module):
                 fusion_input = x
             x, activation = layers[i](
                 x, rotary if config.rope_layers[i] else None, mask,
-                update_cache=partial(cache.update, i, positions=positions) if cache else None,
+                update_cache=partial(cache.update, i, at=at) if cache else None,
                 fusion=fusion if i == config.fusion_layer else None,
                 only_at=collect_at if is_last else None,
             )
             if collect_at is not None:
-                at = torch.zeros_like(collect_at) if is_last else collect_at
-                activations.append(select_positions(activation, at))  # (B, d)
+                here = torch.zeros_like(collect_at) if is_last else collect_at
+                activations.append(select_positions(activation, here))  # (B, d)
         return Output(x, torch.stack(activations) if activations else None, fusion_input)
 
     def logits(self, x):

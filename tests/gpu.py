@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity
 import train
 from cctuning import CCTuning
 from infer import Engine, Prompt
-from model import Attention, Config, Transformer, choose_device, load_model, rotary_embedding
+from model import Attention, Config, Transformer, attention_mask, choose_device, load_model, rotary_embedding
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_1B = {  # Llama 3.2 1B
@@ -153,7 +153,7 @@ def attention(run, queries):
             k, v = layer.keys_values(x, rotary)
             return run.seconds(lambda: layer(x, rotary, k, v, None).sum().backward(), 1, warm_up=0)
         k, v = torch.randn(2, 2, config.num_key_value_heads, length, config.head_dim).to(x)
-        mask = torch.ones(2, 1, queries, length, dtype=torch.bool, device=run.device)
+        mask = attention_mask(config, torch.full((2, queries), length - 1).to(x.device), length, x.dtype)
         return run.seconds(lambda: layer(x, rotary, k, v, mask), 1, warm_up=0)
     F.scaled_dot_product_attention = recorded
     times = [(call(length), call(length)) for length in range(run.prompt // 2, run.prompt // 2 + 12)]
@@ -363,12 +363,10 @@ def new_adamw(parameters):
     return torch.optim.AdamW(parameters, lr=1e-5, betas=train.BETAS, weight_decay=0.0, fused=True)
 
 
-def measure_step(run, name, *options, compiled=False):
+def measure_step(run, name, *options):
     """Figures of train_step on the 1B shape."""
     setup = training_setup(run, *options)
     cc, _ = train.load_for_training(setup)
-    for layer in cc.lm.model.layers if compiled else []:
-        layer.compile(dynamic=True)
     parameters = {name: p for name, p in cc.named_parameters() if p.requires_grad}
     optimizer, steps, seen = new_adamw(parameters.values()), iter(range(len(setup.steps))), []
 
@@ -389,7 +387,7 @@ def measure_step(run, name, *options, compiled=False):
              "of the product rate": work(run, connected) / seconds / rate, "peak, GB": peak,
             "first loss": seen[0][0]}
     optimizer = None
-    if run.on_gpu and not (compiled or setup.args.checkpoint_activations):
+    if run.on_gpu and not setup.args.checkpoint_activations:
         share = peak / (planned(run, setup) + kept_for_backward(setup, cc))
         found["peak / plan and activations"] = share
         run.goal(share <= 1.05, f"{name}: more memory than planned")
@@ -423,12 +421,6 @@ def step(run):
     ratio, floor = found["cc: ms"] / found["sft: ms"], work(run, True) / work(run, False)
     run.goal(ratio <= 1.05 * floor, "cc / sft is far above its arithmetic floor")
     return {**found, "cc / sft": ratio, "floor": floor}
-
-
-def compiled(run):
-    """The connected step with each layer compiled."""
-    found = measure_step(run, "cc compiled", compiled=True)
-    return {**found, "times as fast": run.earlier("step", "cc: ms") / found["cc compiled: ms"]}
 
 
 def theirs(run, dtype):
@@ -573,7 +565,7 @@ CHECKS = {  # in this order: what, and seconds allowed
     "machine": (machine, 60), "golden": (golden, 60), "default_run": (default_run, 120),
     "sharded": (sharded, 90), "checkpoint": (checkpoint, 60), "step": (step, 100),
     "their_step": (their_step, 60), "answers": (answers, 60), "their_answers": (their_answers, 80),
-    "profile": (profile, 45), "answers_8b": (answers_8b, 70), "compiled": (compiled, 90)}
+    "profile": (profile, 45), "answers_8b": (answers_8b, 70)}
 
 
 def show(value):
