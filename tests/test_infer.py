@@ -419,7 +419,8 @@ def test_embedded_questions(run, ask, lang):
     assert code == 0, err
     pattern = re.compile(r"(.*?)  (.*)  \[(?:right|wrong: (.*))\]  \[connection english: .*\]")
     *lines, total = out.splitlines()
-    lines = [(question, text, wrong or text) for question, text, wrong in (pattern.fullmatch(x).groups() for x in lines)]
+    found = [pattern.fullmatch(line).groups() for line in lines]
+    lines = [(question, text, wrong or text) for question, text, wrong in found]
     assert total.startswith(f"{sum(text == answer for _, text, answer in lines)} of 7 right; ")
     numbers = [own.index({"instruction": question}) for question, _, _ in lines]
     assert len(set(numbers)) == 7 and [answer for _, _, answer in lines] == [right[i] for i in numbers]
