@@ -246,8 +246,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        """(..., d) -> (..., d)."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """(..., d) -> (..., d). Under autocast in its dtype: each product that reads it would cast it again."""
+        y, device = F.rms_norm(x, self.weight.shape, self.weight, self.eps), x.device.type
+        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 
 def rotary_embedding(config, positions):

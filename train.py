@@ -518,9 +518,9 @@ def train_step(setup, cc, optimizer, step):
             loss = cc(batch, setup.connections[0], to_device(noise, dist.device), args.english_grad) * weight
         (loss * dist.world_size / targets).backward()  # FSDP averages gradients over processes: undo that
         total += loss.detach()
-    loss = dist.sum(total).item() / targets
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_NORM)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    loss, norm = dist.sum(total).item() / targets, norm.item()  # now the CPU waits for the GPU
     optimizer.param_groups[0]["lr"] = learning_rate(step, len(setup.steps), args.lr)
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
