@@ -1,4 +1,4 @@
-"""What is the user's stays as it was, and what is wrong is said: folders, links, pipes, streams, environment."""
+"""The user's files stay as they are, and every error is reported: folders, links, pipes, streams, environment."""
 import errno
 import fcntl
 import io
@@ -29,14 +29,14 @@ OURS = {"cctuning": "process 1 on host"}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A checkpoint and training data. Neither is to be changed."""
+    """A checkpoint and training data; tests must not change them."""
     folder = tmp_path_factory.mktemp("base")
     return SimpleNamespace(model=write_checkpoint(folder / "model", **SMALL), data=write_data(folder / "data.jsonl"))
 
 
 @pytest.fixture(scope="module")
 def result(base, ran, tmp_path_factory):
-    """A trained folder. Not to be changed."""
+    """A trained folder; tests must not change it."""
     out = tmp_path_factory.mktemp("result") / "out"
     ran(*command(base.model, base.data, out))
     return out
@@ -47,7 +47,7 @@ def files(folder):
 
 
 def put(folder, name):
-    """A file of the user's, in a folder of its name where it has a slash."""
+    """Write a file of the user's, and its folder."""
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("mine")
 
@@ -62,7 +62,7 @@ NAMES = ["config.json", "run.json", "train_log.jsonl", "model.safetensors", "mod
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_that_is_not_ours(base, run, tmp_path, name):
-    """Catches a file of the user's that is removed or replaced because train.py writes one of that name."""
+    """Catches a user's file that is removed or replaced because train.py writes one of the same name."""
     out = tmp_path / "out"
     put(out, name)
     (out / name).write_text("{}") if name in ("config.json", "run.json") else None
@@ -73,7 +73,7 @@ def test_a_folder_that_is_not_ours(base, run, tmp_path, name):
 
 
 def test_unrelated_files_stay(base, ran, tmp_path):
-    """Catches a run that refuses a folder of other things, or clears it."""
+    """Catches a run that refuses, or clears, a folder with unrelated files."""
     names = {"notes.txt", "model-old.safetensors", "cc/config.json", "step-0000001/weights", "a.tmp"}
     for name in names:
         put(tmp_path, name)
@@ -83,7 +83,7 @@ def test_unrelated_files_stay(base, ran, tmp_path):
 
 
 def test_the_users_files_in_our_folder_stay(result, base, ran, tmp_path):
-    """Catches a replaced result that takes along what the user put beside it."""
+    """Catches user's files beside a result that are removed when it is replaced."""
     out = shutil.copytree(result, tmp_path / "out")
     for name in ("vocab.json", "checkpoints/llama-8b/weights", "checkpoints/step-final/weights"):
         put(out, name)
@@ -94,7 +94,7 @@ def test_the_users_files_in_our_folder_stay(result, base, ran, tmp_path):
 
 
 def test_tokenizer_files_of_the_old_result_go(result, ran, base, tmp_path):
-    """Catches a vocabulary of another tokenizer that stays beside the new one."""
+    """Catches files of the old tokenizer that stay beside the new one."""
     out = shutil.copytree(result, tmp_path / "out")
     note = json.loads((out / "config.json").read_text())
     note["cctuning"]["files"].append("merges.txt")
@@ -109,8 +109,8 @@ def test_tokenizer_files_of_the_old_result_go(result, ran, base, tmp_path):
     ("a folder for the log", "train_log.jsonl"), ("a file for the staging folder", "saving.tmp"),
     ("a link for the checkpoints", "checkpoints")])
 def test_our_folder_changed(result, base, run, tmp_path, change, culprit):
-    """Catches --overwrite taken as leave to replace another's model, a result that is never loaded because
-    model.safetensors goes before its index, and a run that finds out in its end where it cannot write."""
+    """Catches --overwrite replacing a model that train.py did not write, a result that is never loaded because
+    model.safetensors is read before its index, and a run that fails only when it saves."""
     out = shutil.copytree(result, tmp_path / "out")
     if culprit == "config.json":
         shutil.copy(base.model / "config.json", out)
@@ -127,7 +127,7 @@ def test_our_folder_changed(result, base, run, tmp_path, change, culprit):
 
 
 def test_out_is_the_model(base, run, tmp_path):
-    """Catches a base model that its result replaces, under whatever spelling of its path."""
+    """Catches a result that replaces its own base model, however the path is spelled."""
     folder = shutil.copytree(base.model, tmp_path / "model")
     (tmp_path / "link").symlink_to(folder)
     before = files(folder)
@@ -138,7 +138,7 @@ def test_out_is_the_model(base, run, tmp_path):
 
 @pytest.mark.parametrize("embedded, refused", [(True, False), (False, True)])
 def test_the_embedded_result_is_replaced(tmp_path, embedded, refused):
-    """Catches the default run, or --out data/tuned, that refuses its own result; another run must not replace it."""
+    """Catches the default run refusing to replace its own result, and another run replacing it."""
     out = shutil.copytree(ROOT / "data" / "tuned", tmp_path / "tuned")
     args = SimpleNamespace(out=out, resume=False, overwrite=False, embedded=embedded)
     if refused:
@@ -149,7 +149,7 @@ def test_the_embedded_result_is_replaced(tmp_path, embedded, refused):
 
 
 def test_a_run_that_died_at_once(base, ran, tmp_path):
-    """Catches a marker that its own run does not know again."""
+    """Catches a folder that is not recognised after a run died at its start."""
     (tmp_path / "run.json").write_text(json.dumps(OURS))
     (tmp_path / "train_log.jsonl").write_text("")
     assert is_ours(tmp_path)
@@ -157,7 +157,7 @@ def test_a_run_that_died_at_once(base, ran, tmp_path):
 
 
 def test_two_runs(base, run, tmp_path, monkeypatch):
-    """Catches a second run in the same folder, and a folder that stays locked. Without locks a line warns."""
+    """Catches a second run in the same folder, a folder that stays locked, and no warning where locks do not work."""
     out = tmp_path / "out"
     assert run(*command(base.model, base.data, out))[0] == 0
     with open(out / ".lock", "a") as lock:
@@ -177,8 +177,7 @@ def test_two_runs(base, run, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- outputs
 
 def test_outputs_keep_what_they_are(tmp_path):
-    """Catches a device, pipe, link or mode that writing replaces, a temporary name that is someone's, and what is left
-    where writing fails."""
+    """Catches a device, pipe, link or mode that is replaced, and a temporary file that overwrites another file."""
     link, target, taken = tmp_path / "link", tmp_path / "target", tmp_path / "target.tmp"
     target.write_text("old")
     target.chmod(0o640)
@@ -199,7 +198,7 @@ def test_outputs_keep_what_they_are(tmp_path):
 
 
 def test_a_failed_output_leaves_nothing(tmp_path, monkeypatch):
-    """Catches half a file beside the old one, and an error that names the temporary file."""
+    """Catches a temporary file left behind on a full disk, and an error that names it."""
     (tmp_path / "x").write_text("old")
 
     def full(*_):
@@ -212,7 +211,7 @@ def test_a_failed_output_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_modes_of_a_result(base, ran, tmp_path):
-    """Catches weights that only their owner may read: safetensors creates them with mode 0600."""
+    """Catches weights that only the owner can read: safetensors creates them with mode 0600."""
     before = os.umask(0o027)
     try:
         ran(*command(base.model, base.data, tmp_path / "out"))
@@ -235,14 +234,14 @@ def test_folders_that_cannot_be_flushed(base, ran, tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------- tokenizers
 
-CHARSMAP = "/////wAAAAD/////AAAA/////w=="  # declares more than it holds
+CHARSMAP = "/////wAAAAD/////AAAA/////w=="  # its header declares more than there is
 
 
 @pytest.mark.parametrize("key, value", [
     ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False}),
     ("normalizer", {"type": "Precompiled", "precompiled_charsmap": CHARSMAP})], ids=["in use", "in reading"])
 def test_a_tokenizer_that_panics(run, tmp_path, capfd, key, value):
-    """Catches a panic of the tokenizers package, which is no Exception, and the lines that it prints."""
+    """Catches a panic of the tokenizers package, which is not an Exception, and the lines that it prints."""
     pytest.importorskip("tokenizers", reason="optional package: only tokenizer.json needs it")
     folder = write_checkpoint(tmp_path / "model", "chatml", "json", **SMALL)
     contents = json.loads((folder / "tokenizer.json").read_text())
@@ -255,7 +254,7 @@ def test_a_tokenizer_that_panics(run, tmp_path, capfd, key, value):
 
 
 def test_a_prompt_without_tokens(base, monkeypatch):
-    """Catches a prompt of no tokens, which has no connection position."""
+    """Catches a prompt without tokens: it has no connection position."""
     tokenizer = model.Tokenizer(base.model, model.Config.read(base.model))
     monkeypatch.setattr(tokenizer, "_fill", lambda *_: [])
     with pytest.raises(UserError, match="no tokens for the prompt 'x y'"):
@@ -269,7 +268,7 @@ def test_a_prompt_without_tokens(base, monkeypatch):
     ("added_tokens.json", lambda path, base: path.symlink_to("/etc/hostname")),
     ("vocab.json", lambda path, base: path.symlink_to("gone"))], ids=["folder", "pipe", "link outside", "dangling"])
 def test_tokenizer_files_that_cannot_be_copied(base, run, tmp_path, name, make):
-    """Catches a run lost in its end, one that waits for ever, and a copied file that is not the checkpoint's."""
+    """Catches a run that fails when it saves, one that waits for ever, and a copy of a file from elsewhere."""
     folder = shutil.copytree(base.model, tmp_path / "model")
     make(folder / name, base)
     code, _, err = run(*command(folder, base.data, tmp_path / "out"))
@@ -277,7 +276,7 @@ def test_tokenizer_files_that_cannot_be_copied(base, run, tmp_path, name, make):
 
 
 def test_the_hub_cache(base, tmp_path):
-    """Catches Hugging Face's cache refused: its files are links to blobs/ beside snapshots/."""
+    """Catches folders of Hugging Face's cache being refused: their files are links to blobs/."""
     blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "abc"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -289,7 +288,7 @@ def test_the_hub_cache(base, tmp_path):
 
 
 def test_too_little_disk(base, run, tmp_path, monkeypatch):
-    """Catches a run that is trained and then has no room for its result."""
+    """Catches a run that has no room for its result, and says so only after training."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     code, said, err = run(*command(base.model, base.data, tmp_path / "out"))
     assert code == 2 and "make room" in err and err.count("\n") == 1 and "step 1" not in said, err
@@ -306,7 +305,7 @@ def spoiled(folder, file, name, value):
 @pytest.mark.parametrize("file, name", [("model.safetensors", "model.norm.weight"),
                                         ("cctuning.safetensors", "transform_matrix")])
 def test_nan(base, run, tmp_path, file, name):
-    """Catches answers from weights, or a matrix, that are no numbers."""
+    """Catches answers computed from NaN in the weights or the matrix."""
     folder = write_connection(shutil.copytree(base.model, tmp_path / "model"))
     spoiled(folder, file, name, float("nan"))
     code, out, err = run("infer", "--model", folder, "--prompt=hello", "--max_new_tokens=2")
@@ -314,7 +313,7 @@ def test_nan(base, run, tmp_path, file, name):
 
 
 def test_answers_that_overflow(base, run, tmp_path):
-    """Catches an answer chosen among logits that are no numbers."""
+    """Catches an answer chosen from logits that are not finite."""
     folder = shutil.copytree(base.model, tmp_path / "model")
     spoiled(folder, "model.safetensors", "model.norm.weight", float("inf"))
     code, out, err = run("infer", "--model", folder, "--prompt=hello", "--max_new_tokens=2")
@@ -323,7 +322,7 @@ def test_answers_that_overflow(base, run, tmp_path):
 
 @pytest.mark.parametrize("method", ["cc", "sft"])
 def test_training_that_diverges(base, run, tmp_path, monkeypatch, method):
-    """Catches a matrix fitted on nothing, and weights that are no numbers, saved as a result."""
+    """Catches a result saved with a matrix fitted on no prompt, or with NaN in the weights."""
     if method == "sft":
         monkeypatch.setattr(train, "full_tensor", lambda p: torch.full_like(p, float("nan")))
     code, _, err = run(*command(base.model, base.data, tmp_path / "out", lr=9e18, method=method))
@@ -332,7 +331,7 @@ def test_training_that_diverges(base, run, tmp_path, monkeypatch, method):
 
 
 def test_every_step_skipped(base, run, tmp_path):
-    """Catches a base model saved as if it had been trained: fewer steps than end a run as they stand."""
+    """Catches an untrained model saved as a result when all steps, fewer than MAX_SKIPPED, were skipped."""
     folder = shutil.copytree(base.model, tmp_path / "model")
     spoiled(folder, "model.safetensors", "model.norm.weight", float("inf"))
     code, _, err = run(*command(folder, base.data, tmp_path / "out", method="sft"))
@@ -340,7 +339,7 @@ def test_every_step_skipped(base, run, tmp_path):
 
 
 def test_a_doubtful_matrix(base, ran, run, tmp_path):
-    """Catches a matrix that the prompts do not determine, or that predicts nothing, given out as a good one."""
+    """Catches no warning of a matrix with too few prompts, or with R^2 at or below 0."""
     out = tmp_path / "out"
     said = ran(*command(base.model, base.data, out, matrix_prompts=2))
     line = "2 prompts are too few to determine its 24 rows; fit it on more prompts, or with --ridge"
@@ -356,14 +355,14 @@ def test_a_doubtful_matrix(base, ran, run, tmp_path):
 # -------------------------------------------------------------------------------------------- streams, terminals
 
 def piped(path, content):
-    """A pipe that gives the content to its first reader, nothing to a second."""
+    """A pipe whose first reader gets the content, the second nothing."""
     os.mkfifo(path)
     threading.Thread(target=lambda: [path.write_text(text) for text in (content, "")], daemon=True).start()
     return path
 
 
 def test_data_from_a_pipe(base, ran, tmp_path):
-    """Catches data that are read twice: a pipe gives them once, and then waits for ever."""
+    """Catches data that are read twice: a pipe gives them only once."""
     content = base.data.read_text()
     assert "6 samples" in ran(*command(base.model, piped(tmp_path / "data", content), tmp_path / "out"))
     ran("infer", "--model", base.model, "--input", piped(tmp_path / "input", content), "--max_new_tokens=1",
@@ -380,8 +379,7 @@ def test_lines_of_windows(base, ran, monkeypatch):
 
 
 def test_at_a_terminal(base, run, monkeypatch):
-    """Catches answers that come only after the last line, a blank line that is asked or ends it, and one bad line that
-    ends it."""
+    """Catches answers that wait for the last line, and a blank or a bad line that ends the session."""
     ours, theirs = os.openpty()
     os.write(ours, b"Nini?\n\n" + b"neno " * 300 + b"\nWapi?\n\x04")
     asked = []
@@ -394,7 +392,7 @@ def test_at_a_terminal(base, run, monkeypatch):
 
 
 def test_a_terminal_of_few_characters(base, tmp_path, monkeypatch):
-    """Catches an answer lost for a character that the terminal lacks, and lines that are no JSON for its escapes."""
+    """Catches a traceback for a character that the terminal cannot show, and escapes that are not JSON's."""
     given = {"instruction": "a", "note": "h\u00e9 \u0939\ud83d"}
     (tmp_path / "input").write_text(json.dumps(given))
     main = infer.main
@@ -410,7 +408,7 @@ def test_a_terminal_of_few_characters(base, tmp_path, monkeypatch):
 
 
 def test_a_reader_that_goes_away(base, monkeypatch, tmp_path):
-    """Catches a traceback after `| head`, and a training run that ends for want of a reader."""
+    """Catches a traceback after `| head`, and a training run that ends when nobody reads its output."""
     for arguments, code in ((["infer", "--model", base.model, "--input", base.data, "--max_new_tokens=1"], 141),
                             (command(base.model, base.data, tmp_path / "out"), None)):
         here, there = os.pipe()
@@ -428,7 +426,7 @@ def test_a_reader_that_goes_away(base, monkeypatch, tmp_path):
 
 
 def test_closed_streams(base, monkeypatch, capfd, tmp_path):
-    """Catches a bar that writes to nowhere, and a prompt read from it, in a traceback."""
+    """Catches a traceback when stderr or stdin is closed."""
     monkeypatch.setattr("sys.stderr", None)
     monkeypatch.setattr("sys.argv", [*map(str, command(base.model, base.data, tmp_path / "out"))])
     run_script(train.main)
@@ -451,8 +449,7 @@ def test_interrupted(run, monkeypatch):
 # ------------------------------------------------------------------------------------------------- one line each
 
 def test_errors_of_the_system(capsys):
-    """Catches a traceback for an error about a file, advice that does not fit it, two lines, and control characters
-    that reach the terminal."""
+    """Catches a traceback for an error about a file, the wrong advice, two lines, and control characters."""
     def fails(error):
         def main():
             raise error
@@ -475,7 +472,7 @@ def test_errors_of_the_system(capsys):
 @pytest.mark.parametrize("out, culprit", [
     ("link", "not a writable directory"), ("loop", "not a writable directory"), ("x" * 300, "too long")])
 def test_out_cannot_be_made(base, run, tmp_path, out, culprit):
-    """Catches a traceback where --out is a link to nowhere, a link to itself, or no name for a file."""
+    """Catches a traceback when --out is a dangling link, a link to itself, or too long a name."""
     (tmp_path / "link").symlink_to("gone")
     (tmp_path / "loop").symlink_to("loop")
     code, said, err = run(*command(base.model, base.data, tmp_path / out))
@@ -487,7 +484,7 @@ def test_out_cannot_be_made(base, run, tmp_path, out, culprit):
     {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}], ids=str)
 @pytest.mark.parametrize("script", ["train", "infer", "eval"])
 def test_processes_that_torchrun_did_not_start(run, monkeypatch, settings, script):
-    """Catches a run that says nothing and saves nothing, one that waits, and a traceback."""
+    """Catches a run that prints and saves nothing, one that waits for ever, and a traceback."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
@@ -497,7 +494,7 @@ def test_processes_that_torchrun_did_not_start(run, monkeypatch, settings, scrip
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    """Catches a CUDA error in place of a line."""
+    """Catches a CUDA error instead of one line."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for settings in ({"LOCAL_WORLD_SIZE": "3"}, {"LOCAL_RANK": "2"}):
@@ -511,7 +508,7 @@ def test_more_processes_than_gpus(monkeypatch):
 
 @pytest.mark.slow
 def test_ranks_that_differ(base, tmp_path):
-    """Catches ranks that train on different data, and the message of a rank that nobody shows."""
+    """Catches ranks with different arguments, and an error of rank 1 that is not shown."""
     for change, culprit in (('sys.argv[-1] = "--seed=1"', "other arguments"),
                             ('sys.argv[4] = "/not/there"', "/not/there")):
         before = ('import os\nload = json.load\n'
@@ -528,7 +525,7 @@ def test_ranks_that_differ(base, tmp_path):
 
 @pytest.mark.slow
 def test_orphans(base, tmp_path):
-    """Catches processes that train on, and write, after torchrun was killed."""
+    """Catches processes that go on training and writing after torchrun was killed."""
     data, out = write_data(tmp_path / "data.jsonl", PAIRS * 4), tmp_path / "out"
     kill = at_step(5, "os.kill(os.getppid(), signal.SIGKILL)")
     done = launch(tmp_path, 2, [command(base.model, data, out, epochs=4000)], before=kill, timeout=100)

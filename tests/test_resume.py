@@ -243,7 +243,7 @@ def test_signals(runs, run, tmp_path, number, default):
 
 
 def test_another_spelling_of_the_paths(runs, go_on, tmp_path, monkeypatch):
-    """Catches a run that another folder, or a link, keeps from going on."""
+    """Catches a resumed run that is refused because the same paths are spelled differently."""
     (tmp_path / "link").symlink_to(runs.data)
     monkeypatch.chdir(runs.model.parent)
     code, said, err = go_on(model="model", data=tmp_path / "link")
@@ -253,7 +253,7 @@ def test_another_spelling_of_the_paths(runs, go_on, tmp_path, monkeypatch):
 
 
 def test_the_model_has_changed(runs, go_on):
-    """Catches a run that goes on with another architecture under the same name."""
+    """Catches a resumed run whose base model's config.json has changed."""
     config = runs.model / "config.json"
     before = config.read_bytes()
     config.write_bytes(before.replace(b'"rope_theta": 10000.0', b'"rope_theta": 500000.0'))
@@ -266,7 +266,7 @@ def test_the_model_has_changed(runs, go_on):
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata"])
 def test_a_flipped_bit(go_on, tmp_path, file):
-    """Catches moments or weights that the disk has changed: torch reads them without a word."""
+    """Catches a damaged checkpoint that torch loads without an error."""
     path = sorted((tmp_path / "out" / "checkpoints").iterdir())[-1] / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x40
@@ -276,7 +276,7 @@ def test_a_flipped_bit(go_on, tmp_path, file):
 
 
 def test_a_renamed_checkpoint(go_on, tmp_path):
-    """Catches a checkpoint taken for the step that its name says."""
+    """Catches a renamed checkpoint that is resumed at the step of its name."""
     folder = tmp_path / "out" / "checkpoints"
     (folder / "step-0000005").rename(folder / "step-0000011")
     code, _, err = go_on()
