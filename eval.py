@@ -422,7 +422,7 @@ def find_marks(answer, options):
 def mark_letters(answer, options, texts):
     """The answer with its options as capital letters, and all else that looks like one as a small letter."""
     answer = re.sub(r"[\u0620-\u065f\u0900-\u0963\u0980-\u09e3]+", lambda m: LETTERS.get(m[0], m[0]), answer)
-    text_of_a = bare(texts.get("A") or "\0")
+    text_of_a = bare(texts.get("A", "")) or "\0"
 
     def mark(match):
         before, after = answer[:match.start()], answer[match.end():]
