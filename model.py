@@ -776,6 +776,7 @@ JINJA = ("{{ START }}{% for m in messages %}{% if m['role'] == 'user' %}{{ BEFOR
          "{% else %}{{ raise_exception('trained with user and assistant turns only') }}{% endif %}{% endfor %}")
 TODAY = datetime.datetime(2024, 7, 26)  # in every prompt: it must not change from day to day
 DEFAULTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}  # variables of chat templates
+TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # what a piece that marks turns looks like
 WORDS, ANSWER = "\ue000", "\ue001"  # placeholders, of the private use area
 
 
@@ -813,33 +814,8 @@ def compile_jinja(source):
 
 def without_prefix(part):
     """For json's object_hook: a tokenizer.json that puts no space before a text."""
-    if "normalizers" in part:
-        part["normalizers"] = [n for n in part["normalizers"] if n["type"] != "Prepend"]
-    if part.get("type") == "Prepend":  # in a sequence it is removed, alone it does nothing
-        part["prepend"] = ""
-    if part.get("type") in ("Metaspace", "ByteLevel") and "add_prefix_space" in part:
-        part["add_prefix_space"] = False
-    if "prepend_scheme" in part:
-        part["prepend_scheme"] = "never"
-    return part
-
-
-def user_defined_pieces(proto):
-    """{text: id} of the user-defined pieces of a SentencePiece model; its package does not tell them.
-
-    The model is a protobuf message. It begins with the pieces, each 0x0A, a length and a message of text
-    (0x0A, a length), score (0x15, 4 bytes) and, unless it is an ordinary piece, type (0x18; 4: user-defined).
-    """
-    found, position, i = {}, 0, 0
-    while position < len(proto) and proto[position] == 0x0A:
-        size, position = proto[position + 1], position + 2
-        if size > 127:  # a length of two bytes
-            size, position = size - 128 + 128 * proto[position], position + 1
-        piece, position = proto[position:position + size], position + size
-        if piece[-2:] == b"\x18\x04" and piece[-7:-6] == b"\x15" and piece[1] == len(piece) - 9:
-            found[piece[2:-7].decode()] = i
-        i += 1
-    return found
+    off = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
+    return {key: off.get(key, value) for key, value in part.items()}
 
 
 class Turn(NamedTuple):
@@ -957,12 +933,10 @@ class Tokenizer:
                             "tokenizer.json") from None
         self._decode, self.size = sp.decode, sp.get_piece_size()
         self._encode = lambda text, prefix: (sp if prefix else bare).encode(text)
-        for i in filter(sp.is_control, range(self.size)):
-            self.added.setdefault(sp.id_to_piece(i), {"id": i})["special"] = True
-        for text, i in user_defined_pieces(proto).items():
-            if len(text) > 1 and re.search(r"\w", text):  # not pieces of white space
-                self.added.setdefault(text, {"id": i})
-        self.added = {text: token for text, token in self.added.items()  # else another token has the id
+        for text, i in ((sp.id_to_piece(i), i) for i in range(self.size)):
+            if sp.is_control(i) or (TAG.fullmatch(text) and not sp.is_byte(i)):  # some are user-defined pieces
+                self.added.setdefault(text, {"id": i, "special": sp.is_control(i)})
+        self.added = {text: token for text, token in self.added.items()  # else another piece has the id
                       if token["id"] >= self.size or token["id"] == sp.piece_to_id(text)}
         special = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
         self._set_special(lambda text: None if sp.is_unknown(i := sp.piece_to_id(text)) else i,
@@ -998,8 +972,10 @@ class Tokenizer:
                 raise UserError(f"{self.path}: not a tokenizer ({error}); restore the file") from None
 
         tk = load(json.dumps(contents))
-        unnamed = not self.settings and not self.named and config.bos_token_id is not None
-        self._set_special(tk.token_to_id, {"bos_token": tk.id_to_token(config.bos_token_id)} if unnamed else {})
+        bos = None if self.settings or self.named or config.bos_token_id == -1 else config.bos_token_id
+        if bos is not None and bos not in range(tk.get_vocab_size()):
+            raise UserError(f"{self.folder}/config.json: bos_token_id {bos} is not in the vocabulary; correct it")
+        self._set_special(tk.token_to_id, {} if bos is None else {"bos_token": tk.id_to_token(bos)})
         known = {token["content"] for token in contents.get("added_tokens") or [] if token.get("special")}
         flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
         for name, token in sorted(self.added.items(), key=lambda item: item[1]["id"]):
@@ -1120,10 +1096,10 @@ class Tokenizer:
 
         strip = [render(" " + WORDS) == prompt, render(WORDS + " ") == prompt]
         self._prompt = self._turn(parts, WORDS, strip, prefix=True)
-        follows_text = self.template == "own" and isinstance(parts[-1], str)
+        # The paper's code encodes an answer apart; otherwise it goes on where the prompt ends.
+        apart = self.template != "own" or (self.prefix == "always" and isinstance(parts[-1], int))
         strip = [render(WORDS, " " + ANSWER) == dialogue, render(WORDS, ANSWER + " ") == dialogue]
-        self._answer = self._turn(answer_parts, ANSWER, strip, not follows_text and (
-            self.prefix == "always" or self.template != "own"))
+        self._answer = self._turn(answer_parts, ANSWER, strip, prefix=apart)
         # The end of turn: the first special token after the answer, else EOS.
         has_end = self._answer.after and not self._answer.right.strip()
         if not has_end and self.eos is None:
@@ -1144,16 +1120,14 @@ class Tokenizer:
     def _turn(self, parts, placeholder, strip, prefix):
         """The Turn of parts (ids and texts); prefix: a text at the start gets the tokenizer's space."""
         at = next(n for n, part in enumerate(parts) if isinstance(part, str) and placeholder in part)
+        prefixes = [prefix, *[self.prefix == "always"] * len(parts)]
+        encoded = [[part] if isinstance(part, int) else self.encode(part, spaced)
+                   for part, spaced in zip(parts, prefixes, strict=False)]
+        before, after, (left, right) = sum(encoded[:at], []), sum(encoded[at + 1:], []), parts[at].split(placeholder)
         flags = {token["id"]: token for token in self.added.values()}
-        encoded = [[part] if isinstance(part, int) else self.encode(part, prefix if n == 0 else self.prefix == "always")
-                   for n, part in enumerate(parts)]
-        left, right = parts[at].split(placeholder)
-        if not left and at > 0:
-            strip[0] |= flags[parts[at - 1]].get("rstrip", False)
-        if not right and at + 1 < len(parts):
-            strip[1] |= flags[parts[at + 1]].get("lstrip", False)
-        return Turn(sum(encoded[:at], []), left, right, sum(encoded[at + 1:], []), strip,
-                    prefix if at == 0 else self.prefix == "always")
+        strip[0] |= not left and before != [] and flags[before[-1]].get("rstrip", False)
+        strip[1] |= not right and after != [] and flags[after[0]].get("lstrip", False)
+        return Turn(before, left, right, after, strip, prefixes[at])
 
     # ---- prompts and answers
 
