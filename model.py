@@ -173,7 +173,9 @@ class ConfigReader:
         """The model_type. Refuses what the code does not implement."""
         raw = self.raw
         why = next((why for part, why in OTHERS.items() if part in str(self.family)), "another architecture")
-        kinds = sorted({*(raw.get("layer_types") or [])} - {"full_attention", "sliding_attention"})
+        kinds = raw.get("layer_types") or []
+        self.require(isinstance(kinds, list), f"layer_types is {kinds!r}, expected a list")
+        kinds = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
         for feature, found in {
             f"model_type {self.family!r} ({why})": self.family not in FAMILIES,
             "quantization_config (quantised weights)": raw.get("quantization_config") is not None,
@@ -181,7 +183,7 @@ class ConfigReader:
             f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
             f"rope type {self.rope_type!r}": str(self.rope_type) not in ROPE_SCALING,
             "partial_rotary_factor": {**raw, **self.rope}.get("partial_rotary_factor") not in (None, 1),
-            f"layer_types {kinds}": kinds,
+            f"layer_types {kinds[:1]}": kinds,
         }.items():
             if found:
                 raise UserError(f"{self.path}: {feature} is not implemented; use a {', '.join(FAMILIES)} model without "
@@ -871,6 +873,7 @@ class Tokenizer:
         read = self._read_sentencepiece if self.path.suffix == ".model" else self._read_tokenizer_json
         try:
             self._collect_tokens(special_map, listed, contents)
+            self._source = self._chat_template()
             with no_panic(self.path):
                 read(contents, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -950,11 +953,11 @@ class Tokenizer:
 
         def cut(text):
             """Split a text at added tokens: [text or id]."""
-            patterns = [r"\s*" * token.get("lstrip", False) + re.escape(name) + r"\s*" * token.get("rstrip", False)
-                        for name, token in sorted(self.added.items(), key=lambda item: -len(item[0]))]
-            parts = enumerate(re.split(f"({'|'.join(patterns)})", text))
-            ids = {name.strip(): token["id"] for name, token in self.added.items()}
-            return [ids[part.strip()] if i % 2 else part for i, part in parts if part]
+            ids = {name: token["id"] for name, token in self.added.items() if name}
+            patterns = [r"\s*" * bool(self.added[name].get("lstrip")) + re.escape(name)
+                        + r"\s*" * bool(self.added[name].get("rstrip")) for name in sorted(ids, key=len, reverse=True)]
+            parts = enumerate(re.split(f"({'|'.join(patterns)})", text) if ids else [text])
+            return [ids.get(part, ids.get(part.strip())) if i % 2 else part for i, part in parts if part]
         self._cut = cut
 
     def _read_tokenizer_json(self, contents, config):
@@ -1019,16 +1022,17 @@ class Tokenizer:
         if (self.folder / "chat_template.jinja").exists():
             return read_text(self.folder / "chat_template.jinja")
         template = self.settings.get("chat_template")
-        if isinstance(template, list):
+        if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not isinstance(template, (str, type(None))):
+            raise TypeError(f"chat_template is {template!r}")
         return template
 
     def _choose_template(self):
         """The name of the checkpoint's template: its own, or the one that its special tokens tell."""
         by_tokens = next((name for name, template in TEMPLATES.items()
                           if template.special and self.added.keys() >= set(template.special)), None)
-        own = self._chat_template()
-        if own and not (by_tokens and is_papers_checkpoint(self.folder)):
+        if self._source and not (by_tokens and is_papers_checkpoint(self.folder)):
             return "own"
         if by_tokens is None:
             self.notice = f"{self.folder}: no chat template, using plain (--template names another)"
@@ -1043,11 +1047,10 @@ class Tokenizer:
             return compiled.render(messages=messages, add_generation_prompt=answer is None, tools=None,
                                    documents=None, **{key: text for key, text in self.named.items() if text})
 
-        source = self._chat_template()
-        if not isinstance(source, str):
+        if not self._source:
             raise UserError(f"{self.folder}: has no chat template of its own; give --template NAME")
         try:
-            self.jinja = freeze(source)
+            self.jinja = freeze(self._source)
             compiled = compile_jinja(self.jinja)
             render(WORDS, ANSWER)
         except Exception as error:  # a template can raise anything

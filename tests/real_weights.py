@@ -105,8 +105,7 @@ def test_templates(tmp_path):
             (folder / "config.json").write_text(json.dumps({
                 "model_type": "llama", "vocab_size": 200000, "hidden_size": 8, "intermediate_size": 8,
                 "num_hidden_layers": 1, "num_attention_heads": 1}))
-            given = "llama2" if template == "llama2" else None
-            tokenizers[name] = Tokenizer(folder, Config.read(folder), given)
+            tokenizers[name] = Tokenizer(folder, Config.read(folder), template)
         t = tokenizers[name]
         assert t.template == template and t.prompt(case["text"]) == case["ids"], case
         assert (t.connection_index, t.end_of_turn) == (case["connection_index"], case["end_of_turn"])

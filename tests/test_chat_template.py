@@ -3,11 +3,12 @@ import importlib.util
 import json
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import sentencepiece_model, tokenizer_json, training, write_checkpoint, write_data
-from model import Config, Tokenizer, UserError
+from model import Config, Tokenizer, UserError, compile_jinja, freeze
 
 TEXTS = ["Nini mji mkuu wa Kenya?", "  two  spaces\nand a line\t ", "भारत 😀", "<think> Ẹ̀kọ́"]
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
@@ -115,6 +116,23 @@ def test_ids_are_those_of_transformers(tmp_path, clock, name, kind, legacy):
         ids = t.prompt("Nini?")[t.connection_index - 1:]
         assert ids[0] == t.control["<|im_start|>"] and t.decode(ids[1:]).startswith("assistant\n")
         assert t.connection_index == -len(t.encode("assistant\n", legacy is None)) - thinking
+
+
+@pytest.mark.parametrize("legacy, first", [(None, "\u2581"), (True, "\u2581"), (False, "u")])
+def test_space_after_special_tokens(tmp_path, legacy, first):
+    """Catches SentencePiece's space after a special token where `legacy` is off, or none where it is not."""
+    folder = chat_checkpoint(tmp_path, "chatml", "sentencepiece", legacy=legacy)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    t = Tokenizer(folder, Config.read(folder))
+    assert sp.id_to_piece(t.prompt("Nini?")[1])[0] == first
+
+
+def test_prompts_do_not_change_from_day_to_day():
+    """Catches today's date in a prompt, which would be another tomorrow."""
+    source = "{% set f = '%d.%m.' %}{{ strftime_now(f) + strftime_now( '%Y' ) + date_string }}"
+    assert compile_jinja(source).render(date_string="") == "26.07.2024"
+    assert compile_jinja(freeze(source)).render() == "26.07.202426 Jul 2024" and "'%Y'" not in freeze(source)
+    assert freeze(freeze(source)) == freeze(source)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "json"])

@@ -12,7 +12,7 @@ import calls
 import model
 from conftest import (CONFIG, PAIRS, losses, reading, tensors, training, worst_difference,
                       write_checkpoint, write_connection, write_data)
-from model import Config, load_model
+from model import Config, UserError, load_model
 from reference import Reference, answer_ids, falls_short, prompt_ids
 
 INDEX = "model.safetensors.index.json"
@@ -81,6 +81,8 @@ SPELLINGS = [  # more in config.json, and what then differs from DEFAULTS
     ({"rope_parameters": {"rope_type": "default", **FIVE}}, FIVE),
     ({"rope_parameters": {"rope_type": "linear", **LINEAR, **FIVE}},
      {"rope_scaling": {"rope_type": "linear", **LINEAR}, "max_length": 4096, **FIVE}),
+    ({"rope_scaling": {"type": "linear", "factor": 2, "original_max_position_embeddings": 1024}},
+     {"rope_scaling": {"rope_type": "linear", **LINEAR}}),
     # what publishers write
     ({"rope_theta": 45.2e9, "initializer_range": 0, "tie_word_embeddings": None},
      {"rope_theta": 45.2e9, "initializer_range": 0.0}),
@@ -103,6 +105,12 @@ def test_config(tmp_path, says, differs):
     (tmp_path / "config.json").write_text(json.dumps({**SIZES, **says}))
     config = Config.read(tmp_path)
     assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **differs}
+
+
+def test_name_of_a_repository():
+    """Catches a name of the Hugging Face hub answered without the way to get it."""
+    with pytest.raises(UserError, match="hf download org/name-1.0 --local-dir org/name-1.0"):
+        Config.read("org/name-1.0")
 
 
 def test_defaults_are_those_of_transformers(tmp_path):

@@ -175,12 +175,14 @@ BOS = [  # (tokenizer_config.json, config.json's bos_token_id, what a prompt beg
     ({"bos_token": {"content": "<s>"}}, None, "<s>hi"),
     ({"bos_token": None}, 1, "hi"),
     ({"eos_token": "</s>"}, 1, "hi"),
+    ({"bos_token": "<s>", "add_bos_token": False}, None, "hi"),
+    (None, -1, "hi"),
 ]
 
 
 @pytest.mark.parametrize("settings, config, begins", BOS, ids=str)
 def test_bos_of_a_tokenizer_json(tmp_path, checkpoint, settings, config, begins):
-    """Catches a missing BOS without tokenizer_config.json, and a BOS added against that file."""
+    """Catches a missing BOS without tokenizer_config.json, a BOS added against that file, and a crash on -1."""
     pytest.importorskip("tokenizers", reason=NEEDED)
     folder = shutil.copytree(checkpoint("plain", "json"), tmp_path / "model")
     t = open_tokenizer(rewritten(folder, {"bos_token_id": config}, tokenizer_config=settings))
