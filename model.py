@@ -904,15 +904,21 @@ class Tokenizer:
                 extra += value.values() if isinstance(value, dict) else value or []
             elif key.endswith("_token") and not isinstance(value, bool):
                 self.named[key] = value["content"] if isinstance(value, dict) else value
-        self._extra = {t["content"] if isinstance(t, dict) else t for t in extra}
+        self._extra = [t["content"] if isinstance(t, dict) else t for t in extra]
 
-    def _set_special(self, id_of, defaults):
-        """Set bos and eos, and mark the tokens that are special; id_of(text): an id or None."""
+    def _set_special(self, id_of, defaults, size):
+        """Set bos and eos, and mark the tokens that are special; id_of(text): an id or None.
+
+        A named token that the vocabulary lacks comes after it, as in transformers.
+        """
         self.named = {**defaults, **self.named}
-        for text in {*self.named.values(), *self._extra} - {None, ""}:
-            if text in self.added or id_of(text) is not None:
-                token = self.added.setdefault(text, {"id": id_of(text)})
-                self.added[text] = dict(token, special=True)
+        first = [self.named.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+        for text in filter(None, [*first, *self._extra]):
+            if text not in self.added and id_of(text) is None:
+                following = max([size, *(token["id"] + 1 for token in self.added.values())])
+                self.added[text] = {"id": following, "may_lack_embedding": True}
+            token = self.added.get(text) or {"id": id_of(text)}
+            self.added[text] = dict(token, special=True)
         self.bos, self.eos = (self.added.get(self.named.get(key), {}).get("id") for key in ("bos_token", "eos_token"))
 
     def _set_eos(self, config):
@@ -943,7 +949,7 @@ class Tokenizer:
                       if token["id"] >= self.size or token["id"] == sp.piece_to_id(text)}
         special = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
         self._set_special(lambda text: None if sp.is_unknown(i := sp.piece_to_id(text)) else i,
-                          {key: sp.id_to_piece(i) for key, i in special.items() if i >= 0})
+                          {key: sp.id_to_piece(i) for key, i in special.items() if i >= 0}, self.size)
 
         # Since transformers' legacy mode ended, only a text at the very start gets SentencePiece's space.
         scheme = "always" if self.settings.get("legacy") in (None, True) else "first"
@@ -978,7 +984,8 @@ class Tokenizer:
         bos = None if self.settings or self.named or config.bos_token_id == -1 else config.bos_token_id
         if bos is not None and bos not in range(tk.get_vocab_size()):
             raise UserError(f"{self.folder}/config.json: bos_token_id {bos} is not in the vocabulary; correct it")
-        self._set_special(tk.token_to_id, {} if bos is None else {"bos_token": tk.id_to_token(bos)})
+        self.size = tk.get_vocab_size(with_added_tokens=True)
+        self._set_special(tk.token_to_id, {} if bos is None else {"bos_token": tk.id_to_token(bos)}, self.size)
         known = {token["content"] for token in contents.get("added_tokens") or [] if token.get("special")}
         flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
         for name, token in sorted(self.added.items(), key=lambda item: item[1]["id"]):
@@ -988,7 +995,6 @@ class Tokenizer:
         self.prefix = self._prefix_scheme(contents)
         bare = tk if self.prefix == "never" else load(json.dumps(json.loads(tk.to_str(), object_hook=without_prefix)))
         self._decode = lambda ids: tk.decode(ids, skip_special_tokens=False)
-        self.size = tk.get_vocab_size(with_added_tokens=True)
 
         def encode(text, prefix):
             chosen = tk if prefix else bare
@@ -1089,8 +1095,9 @@ class Tokenizer:
         self.control = {text: token["id"] for text, token in self.added.items()
                         if token.get("special") or token["id"] in used}
         self._hidden = {token["id"] for token in self.added.values() if token.get("special")}
-        unused = self.control.get(self.named.get("pad_token"))
-        needed = max([self.size, *(i + 1 for i in self.control.values() if i in used or i != unused)])
+        listed = [token["id"] for text, token in self.added.items() if token.get("special")
+                  and text != self.named.get("pad_token") and "may_lack_embedding" not in token]
+        needed = max([self.size, *(i + 1 for i in (*used, *listed))])
         if needed > config.vocab_size:
             raise UserError(f"{self.path}: has {needed} tokens, the model {config.vocab_size}; one is of another model")
         # What a text would become if it spelled a control token: its first character, and the rest.
