@@ -201,7 +201,7 @@ def test_matrix_is_applied_in_float32():
 
 def test_least_squares():
     """Catches a ridge that depends on the scale of the activations or the number of prompts, and a
-    solution that is not of least norm, or noisy in the null space."""
+    solution that is not of least norm, noisy in the null space, or computed in float32."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(5, 6, 8, generator=generator) for _ in range(2))
     rows, targets = x.flatten(0, 1).double(), y.flatten(0, 1).double()
@@ -210,6 +210,9 @@ def test_least_squares():
     assert (calls.fit(x, y, 0.1) - expected).abs().max() < 1e-5
     assert (calls.fit(10 * x, 10 * y, 0.1) - expected).abs().max() < 1e-5
     assert (calls.fit(x.repeat(1, 3, 1), y.repeat(1, 3, 1), 0.1) - expected).abs().max() < 1e-5
+    sizes = torch.logspace(0, -4, 8)  # activations have a few huge directions
+    expected = torch.linalg.lstsq(rows * sizes, targets).solution
+    assert ((calls.fit(x * sizes, y) - expected).abs() * sizes[:, None]).max() < 1e-5
     x[..., 3] = x[..., 5]
     expected = torch.linalg.pinv(x.flatten(0, 1).double()) @ targets
     assert (calls.fit(x, y) - expected).abs().max() < 1e-5

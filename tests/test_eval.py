@@ -300,7 +300,7 @@ PROMPTS = [
      "(2) Ann waited at the door.\n\nWhich of the two options is more likely?\nYour answer:",
      "Ann waited at the door.", "2"),
     ("XStoryCloze", "eu", "Anek giltza galdu zuen.\n(1) Ane etxean geratu zen.\n(2) Ane kalean geratu zen."
-     "\n\nZure erantzuna:", "Ane etxean geratu zen", "1"),
+     "\n\nZure erantzuna, (1) ala (2), hau da:", "Ane etxean geratu zen", "1"),
     ("XStoryCloze", "hi", "अनु की चाबी खो गई।\n(1) अनु घर गई।\n(2) अनु दरवाज़े पर रुकी।\n\nआपका उत्तर:",
      "अनु दरवाज़े पर रुकी।", "2"),
     ("MMMLU", "en", "Please answer the following multiple choice question.\n\nWhich number is even?\n(A) 1\n"

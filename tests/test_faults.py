@@ -136,10 +136,15 @@ def test_out_is_the_model(base, run, tmp_path):
         assert code == 2 and "--model" in err and err.count("\n") == 1 and files(folder) == before, err
 
 
-@pytest.mark.parametrize("embedded, refused", [(True, False), (False, True)])
-def test_the_embedded_result_is_replaced(tmp_path, embedded, refused):
-    """Catches the default run refusing to replace its own result, and another run replacing it."""
+@pytest.mark.parametrize("embedded, own, refused", [
+    (True, True, False), (False, True, True), (True, False, True)])
+def test_the_embedded_result_is_replaced(tmp_path, embedded, own, refused):
+    """Catches the default run refusing to replace its own result, or replacing another, and another run
+    replacing it."""
     out = shutil.copytree(ROOT / "data" / "tuned", tmp_path / "tuned")
+    config = json.loads((out / "config.json").read_text())
+    config["cctuning"]["arguments"]["embedded"] = own
+    (out / "config.json").write_text(json.dumps(config))
     args = SimpleNamespace(out=out, resume=False, overwrite=False, embedded=embedded)
     if refused:
         with pytest.raises(UserError, match="--overwrite"):

@@ -78,6 +78,8 @@ SPELLINGS = [  # more in config.json, and what then differs from DEFAULTS
      {"rope_scaling": {"rope_type": "linear", **LINEAR}, "max_length": 4096}),
     ({"rope_scaling": {"type": "linear", "factor": 2}, "max_sequence_length": 3000},
      {"rope_scaling": {"rope_type": "linear", **LINEAR}, "max_length": 3000}),
+    ({"rope_scaling": {"type": "linear", "factor": 2, "original_max_position_embeddings": 1024}},
+     {"rope_scaling": {"rope_type": "linear", **LINEAR}}),  # max_position_embeddings is the stretched length
     ({"rope_parameters": {"rope_type": "default", **FIVE}}, FIVE),
     ({"rope_parameters": {"rope_type": "linear", **LINEAR, **FIVE}},
      {"rope_scaling": {"rope_type": "linear", **LINEAR}, "max_length": 4096, **FIVE}),

@@ -297,9 +297,10 @@ def test_a_damaged_checkpoint(go_on, tmp_path):
 
 @pytest.mark.parametrize("value, eps, found", [
     (float("inf"), 1e-6, "loss nan"), (1e-30, 1e-45, "gradient norm inf")])
-def test_poison(tmp_path, run, value, eps, found):
+def test_poison(tmp_path, run, monkeypatch, value, eps, found):
     """Catches one broken sample that ruins every weight, by its loss or by its gradient alone, a matrix or a
-    count that is broken by it, and a run that skips for ever or pushes out a good checkpoint meanwhile."""
+    count that is broken by it, a run that skips for ever or pushes out a good checkpoint meanwhile, and one
+    given up for skipped steps that are not in a row."""
     folder, data = write_checkpoint(tmp_path / "model", rms_norm_eps=eps, **SMALL), tmp_path / "data.jsonl"
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][3 + 0xE2] = value  # the byte piece E2: no character of PAIRS has it
@@ -307,7 +308,9 @@ def test_poison(tmp_path, run, value, eps, found):
     poison = ("\u2620", "skull", "bones", "sw")
     write_data(data, [*UNEVEN, poison])
     out = tmp_path / "out"
+    monkeypatch.setattr("train.MAX_SKIPPED", 4)
     code, said, err = run(*command(folder, data, out, seed=2))  # with this seed, it is in the matrix fit
+    monkeypatch.undo()
     assert code == 0 and "4 steps were skipped" in said, err  # once an epoch
     lines = [line for line in said.splitlines() if " skipped: " in line]
     assert len(lines) == 4 and all(found in line for line in lines)
