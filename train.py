@@ -68,13 +68,13 @@ SORT_WINDOW = 128  # at least this many samples are sorted by length together
 HELD_OUT = 100     # prompts kept out of the matrix fit to measure it
 MAX_SKIPPED = 10   # steps in a row without a finite loss and gradient before the run stops
 STEP = "step-" + 7 * "[0-9]"  # name of a checkpoint
-TIMEOUT = datetime.timedelta(minutes=10)  # after waiting this long, a process takes the others for dead
+TIMEOUT = datetime.timedelta(minutes=10)  # of a collective operation
 PAPER = {"epochs": 3, "batch_size": 128, "micro_batch": 8, "lr": 1e-5}
 EMBEDDED = {  # without --model and --data
     "model": relative(DATA / "base"), "data": relative(DATA / "train.jsonl"),
     "eval_data": relative(DATA / "dev.jsonl"),
     "epochs": 2, "batch_size": 32, "micro_batch": 32, "lr": 1e-4}
-RESUME_MAY_CHANGE = {  # arguments that do not change a run's result
+RESUME_MAY_CHANGE = {  # arguments that change a result by rounding at most
     "out", "overwrite", "resume", "save_every", "keep", "micro_batch", "checkpoint_activations",
     "max_shard_size", "log_every", "memory_plan", "eval_data", "embedded"}
 CC_ONLY = {"english_grad": False, "source_layer": None, "fusion_layer": None, "ridge": 0.0}
@@ -88,54 +88,50 @@ def parse_args(argv=None):
     docstring = __doc__.partition("\n\nIn the symbols")[0]
     parser = argparse.ArgumentParser(description=docstring, formatter_class=Help)
 
-    def add(name, kind=None, help="", **options):
-        if name in PAPER:
-            help += f" (default: {PAPER[name]})"
-        options |= {"type": kind, "metavar": kind and "N"} if kind else {}
+    def add(name, help, kind=None, metavar="N", **options):
+        help += f" (default: {PAPER[name]})" if name in PAPER else ""
+        options |= {"type": kind, "metavar": metavar} if kind else {}
         group.add_argument(f"--{name}", help=help, **options)
 
     embedded = " ".join(f"--{name} {EMBEDDED[name]}" for name in PAPER)
     group = parser.add_argument_group("files")
-    add("model", str, "checkpoint folder to start from (default: the embedded data/base)")
-    add("data", str, f"training samples (default: the embedded data/train.jsonl, with {embedded})")
-    add("eval_data", str, "samples for a validation loss, after each epoch")
-    add("out", str, "folder for the result", default="out")
-    add("overwrite", help="replace a model in --out, once the new one is there", action="store_true")
-    add("max_shard_size", at_least(0, float), "GB of each file of weights", default=5.0)
+    add("model", "checkpoint folder to start from (default: the embedded data/base)", str, "DIR")
+    add("data", f"training samples (default: the embedded data/train.jsonl, with {embedded})", str, "FILE")
+    add("eval_data", "samples for the validation loss", str, "FILE")
+    add("out", "folder for the result", str, "DIR", default="out")
+    add("overwrite", "replace a model in --out once the new one is written", action="store_true")
+    add("max_shard_size", "maximum GB per weight file", at_least(0, float), default=5.0)
 
     group = parser.add_argument_group("training")
-    add("method", help="CC-Tuning, or plain fine-tuning", choices=("cc", "sft"), default="cc")
-    add("epochs", at_least(0), "passes over --data; 0: only fit the matrix")
-    add("batch_size", at_least(1), "samples per step, over all processes")
-    add("lr", at_least(0, float), "peak learning rate; 10%% warm-up, then cosine")
-    add("max_length", at_least(2), "maximum tokens of prompt and answer; longer answers are cut (default: 1024, or "
-        "what the model takes)")
-    add("template", help="chat template (default: the checkpoint's)", choices=TEMPLATE_NAMES)
-    add("seed", at_least(0), "of order, noise and the initial Decision Maker", default=0)
-    add("english_grad", help="differentiate the English pass too, unlike the paper's published configuration",
-        action="store_true")
-    add("source_layer", source_layer, "ablation, what is fused: decision_maker, random, mean (of all layers; the last "
-        "ones, of the largest norms, dominate it) or a layer's number (default: the model's)")
-    add("fusion_layer", at_least(0), "the layer whose FFN it is added to (default: the model's, else 0, the paper's)")
+    add("method", "CC-Tuning, or plain fine-tuning", choices=("cc", "sft"), default="cc")
+    add("epochs", "passes over --data; 0: only fit the matrix", at_least(0))
+    add("batch_size", "samples per step, over all processes", at_least(1))
+    add("lr", "peak learning rate; 10%% warm-up, then cosine", at_least(0, float))
+    add("max_length", "maximum tokens of prompt and answer (default: 1024, or what the model takes)", at_least(2))
+    add("template", "chat template (default: the checkpoint's)", choices=TEMPLATE_NAMES)
+    add("seed", "random seed of order, noise and the initial Decision Maker", at_least(0), default=0)
+    add("english_grad", "differentiate the English pass too; the paper's code does not", action="store_true")
+    add("source_layer", "ablation: fuse the layer of the decision_maker, a random layer, the mean of all or a layer's "
+        "number (default: the model's)", source_layer)
+    add("fusion_layer", "layer whose FFN output receives the vector (default: the model's, else 0)", at_least(0))
 
     group = parser.add_argument_group("Transform Matrix")
-    add("matrix_prompts", at_least(1), "prompts to fit it on", default=1000)
-    add("ridge", at_least(0, float), "added to the diagonal of X'X, relative to mean(diag(X'X))", default=0.0)
+    add("matrix_prompts", "number of prompts for the fit", at_least(1), default=1000)
+    add("ridge", "penalty on the matrix, relative to mean(diag(X'X))", at_least(0, float), default=0.0)
 
     group = parser.add_argument_group("memory")
-    add("dtype", help="of the computation; weights are float32 until saved (default: bfloat16 on a GPU, float32 on a "
-        "CPU)", choices=("float32", "bfloat16"))
-    add("micro_batch", at_least(1), "samples at a time in one process; changes memory, not results")
-    add("checkpoint_activations", help="recompute layers in the backward pass: less memory, a quarter more time",
+    add("dtype", "compute dtype; weights stay float32 until saved (default: bfloat16 on a GPU, float32 on a CPU)",
+        choices=("float32", "bfloat16"))
+    add("micro_batch", "samples per forward pass of a process; changes memory, not results", at_least(1))
+    add("checkpoint_activations", "recompute layers in the backward pass: less memory, a quarter more time",
         action="store_true")
-    add("memory_plan", at_least(1), "only print the memory that each of N processes needs")
+    add("memory_plan", "only print the memory that each of N processes needs", at_least(1))
 
     group = parser.add_argument_group("stopping and resuming")
-    add("save_every", at_least(1), "steps between checkpoints in OUT/checkpoints (default: only when stopped)")
-    add("keep", at_least(1), "checkpoints to keep", default=2)
-    add("resume", help="continue from the newest checkpoint, if there is one, on any number of processes",
-        action="store_true")
-    add("log_every", at_least(1), "steps between printed lines; OUT/train_log.jsonl has all", default=10)
+    add("save_every", "steps between checkpoints in OUT/checkpoints (default: only when stopped)", at_least(1))
+    add("keep", "number of checkpoints to keep", at_least(1), default=2)
+    add("resume", "continue from the newest checkpoint, if any, on any number of processes", action="store_true")
+    add("log_every", "steps between printed lines; OUT/train_log.jsonl has all", at_least(1), default=10)
 
     args = parser.parse_args(argv)
     args.embedded = args.model is None and args.data is None
@@ -243,7 +239,7 @@ class Dist:
         return self
 
     def __exit__(self, error, *_):
-        """Leave the process group: together at the end, alone after an error."""
+        """Wait for all processes on success; do not wait after an error."""
         if self.world_size > 1:
             if error is None or error is SystemExit:
                 self.gather(None)
@@ -291,8 +287,8 @@ class Dist:
     def micro_batches(self, items, size):
         """Yield (group, weight): this process's share of items, in groups of at most `size`.
 
-        The weight is 1, or 0 for a repeated group: FSDP needs every rank in each forward, so all ranks get
-        the same number of groups.
+        All ranks get the same number of groups, since FSDP needs every rank in each forward: a rank without
+        work repeats the last group with weight 0. Other groups have weight 1.
         """
         size = min(size, math.ceil(len(items) / self.world_size))
         groups = [items[i:i + size] for i in range(0, len(items), size)]
@@ -309,7 +305,7 @@ def shard(cc, dist, dtype):
     """
     low = torch.bfloat16 if dtype == torch.bfloat16 else None
     # Inputs are not cast: Gumbel noise rounded to bfloat16 could draw another layer than one process draws.
-    policy = MixedPrecisionPolicy(low, low and torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
     mesh = torch.distributed.init_device_mesh(dist.device.type, (dist.world_size,))
     for module in [*cc.lm.model.layers, cc]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -319,7 +315,7 @@ def shard(cc, dist, dtype):
 
 
 def reshard(cc):
-    """Reshard the root: without a backward, FSDP leaves it unsharded, apart from the optimizer's weights."""
+    """Free the root's gathered weights: FSDP keeps them after a forward without a backward."""
     if isinstance(cc, FSDPModule):
         cc.reshard()
 
@@ -370,13 +366,13 @@ class Setup:
     steps: list           # (epoch, sample numbers) of each step
 
     @property
-    def connections(self):
-        """What the fused vector may come from; the model is trained with the first."""
-        return ("english", "matrix", "none") if self.args.method == "cc" else ("none",)
+    def connection(self):
+        """Source of the fused vector in training."""
+        return "english" if self.args.method == "cc" else "none"
 
     @functools.cached_property
     def run_info(self):
-        """What a resumed run must have in common with the run that wrote the checkpoint."""
+        """Settings that must match on resume."""
         info = {name: value for name, value in vars(self.args).items() if name not in RESUME_MAY_CHANGE}
         model = Path(self.args.model).resolve()  # however its path is spelled
         return info | {"model": f"{model} {digest(read_text(model / 'config.json'))}",
@@ -515,7 +511,7 @@ def train_step(setup, cc, optimizer, step):
         batch = collate([samples[i] for i in group], setup.tokenizer.connection_index, dist.device)
         noise = gumbel_noise(args.seed, step, group, setup.config.num_hidden_layers)  # (B, L)
         with setup.autocast():
-            loss = cc(batch, setup.connections[0], to_device(noise, dist.device), args.english_grad) * weight
+            loss = cc(batch, setup.connection, to_device(noise, dist.device), args.english_grad) * weight
         (loss * dist.world_size / targets).backward()  # FSDP averages gradients over processes: undo that
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_NORM)
@@ -564,10 +560,12 @@ def favourite_layer(setup, cc):
 
 def report_validation(setup, cc, before, log):
     """Print what training did to the validation loss, and whether the connection helps."""
-    losses, names = validate(setup, cc, setup.connections), {"none": "no connection", "matrix": "matrix",
-                                                             "english": "real English"}
+    names = {"none": "no connection"}
+    if setup.args.method == "cc":
+        names |= {"matrix": "matrix", "english": "real English"}
+    losses = validate(setup, cc, names)
     log.write(eval_loss=losses)
-    rows = {"base model": before.get("base_loss"), **{names[c]: losses[c] for c in names if c in losses}}
+    rows = {"base model": before.get("base_loss"), **{names[c]: loss for c, loss in losses.items()}}
     lines = ["validation loss (lower is better)", *(f"  {name:<15}{loss:.4f}" for name, loss in rows.items() if loss)]
     if favourite := favourite_layer(setup, cc):
         lines.append(f"the Decision Maker's favourite: {before.get('favourite', 'not measured')} before training, "
@@ -586,20 +584,19 @@ def fit_matrix(setup, cc):
     R^2 is measured on HELD_OUT prompts that are not in the fit.
     """
     args, dist, matrix = setup.args, setup.dist, cc.transform_matrix
-    foreign = [s for s in setup.samples if not s.is_english]
-    order = np.random.default_rng((args.seed, len(setup.samples))).permutation(len(foreign))
-    held_out = min(HELD_OUT, len(foreign) // 5)
-    chosen = [foreign[i] for i in order[:held_out + args.matrix_prompts]]
-    test, fit = (sorted(part, key=lambda s: -s.prompt_length)
-                 for part in (chosen[:held_out], chosen[held_out:]))
+    prompts = [s for s in setup.samples if not s.is_english]
+    order = np.random.default_rng((args.seed, len(setup.samples))).permutation(len(prompts))
+    held_out = min(HELD_OUT, len(prompts) // 5)
+    test, fit = (sorted((prompts[i] for i in part), key=lambda s: -s.prompt_length)
+                 for part in (order[:held_out], order[held_out:held_out + args.matrix_prompts]))
 
     def activations(samples):
         """X and Y (L, B, d)."""
-        sides = [s.ids[:s.prompt_length] for s in samples], [s.english_ids for s in samples]
+        texts = [s.ids[:s.prompt_length] for s in samples], [s.english_ids for s in samples]
         with setup.autocast():
             return [cc.activations(to_device(ids, dist.device),
                                    to_device(lengths + setup.tokenizer.connection_index, dist.device))
-                    for ids, lengths in map(pad, sides)]
+                    for ids, lengths in map(pad, texts)]
 
     width = setup.config.hidden_size
     matrix.sums = torch.zeros(2, width, width, dtype=torch.float64, device=dist.device)
@@ -611,14 +608,14 @@ def fit_matrix(setup, cc):
         if weight and finite.any():
             matrix.add(own[:, finite], english[:, finite])
             count += finite.sum()
-    if not (prompts := int(dist.sum(count))):
+    if not dist.sum(count):
         raise UserError(f"{args.data}: no prompt has finite activations; lower --lr, or look for broken samples")
     dist.sum(matrix.sums)
     matrix.solve(args.ridge)
-    info = {"prompts": prompts, "ridge": args.ridge, "held_out": len(test), "r_squared": []}
+    info = {"prompts": int(count), "ridge": args.ridge, "held_out": len(test), "r_squared": []}
     if test:  # few: every process computes all
         groups = [activations(test[i:i + args.micro_batch]) for i in range(0, len(test), args.micro_batch)]
-        own, english = (torch.cat(side, dim=1) for side in zip(*groups, strict=True))
+        own, english = (torch.cat(h, dim=1) for h in zip(*groups, strict=True))  # (L, N, d)
         info["r_squared"] = [round(r, 4) if math.isfinite(r) else None
                              for r in matrix.r_squared(own, english).tolist()]
     info["doubt"] = doubt(info, setup.config)
@@ -638,10 +635,17 @@ def doubt(info, config):
 
 # ----------------------------------------------------------------------------------------- checkpointing
 
-def last_line(error):
-    """The last line of an error's text; of a collective failure, that of the first process."""
-    failures = [*getattr(error, "failures", {}).values()]
-    return (str(failures[0][0] if failures else error).strip().splitlines() or [type(error).__name__])[-1]
+@contextlib.contextmanager
+def writing(path, temporary, dist):
+    """Around code that writes `path`: a failure removes the temporary folder and becomes one line."""
+    try:
+        yield
+    except (UserError, OSError, SafetensorError, CheckpointException) as error:  # the last is a BaseException
+        if dist.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        failures = [*getattr(error, "failures", {}).values()]  # of a CheckpointException, by rank
+        reason = (str(failures[0][0] if failures else error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UserError(f"{path}: cannot be written ({reason}); make room, then run again with --resume") from None
 
 
 class Checkpointer:
@@ -678,7 +682,7 @@ class Checkpointer:
         return {path.name: sha256_of(path) for name in names for path in folder.glob(name)}
 
     def save(self, step):
-        """Write step-N, whole or not at all, and remove all but the newest --keep."""
+        """Write step-N atomically, and remove all but the newest --keep."""
         dist, target = self.setup.dist, self.folder / f"step-{step:07d}"
         temporary = target.with_suffix(".tmp")
 
@@ -690,19 +694,14 @@ class Checkpointer:
             for old in self.complete()[:-self.setup.args.keep]:
                 shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
-        try:
+        with writing(target, temporary, dist):
             dist.on_rank0(temporary.mkdir, 0o777, True)
             writer = dcp.FileSystemWriter(temporary, sync_files=True)
             dcp.save(self.state(), storage_writer=writer, no_dist=dist.world_size == 1)
             dist.on_rank0(finish, dist.gather(dist.together(self.hashes, temporary)))
-        except (UserError, CheckpointException) as error:
-            if dist.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"{target}: cannot be written ({last_line(error)}); make room, then continue "
-                            "with --resume") from None
 
     def check(self, path):
-        """Refuse a checkpoint of another run, or one whose bytes have changed. Each rank reads its share."""
+        """Refuse a checkpoint of another run or with changed bytes. Each rank reads its share."""
         saved, dist = read_json(path / "run.json"), self.setup.dist
         for name, value in self.setup.run_info.items():
             if saved.get(name) != value:
@@ -714,7 +713,7 @@ class Checkpointer:
             raise UserError(f"{path}: damaged, or renamed; remove it to resume from the one before it")
 
     def resume(self):
-        """Load the newest checkpoint in place, if it is of the same run. Returns its step; 0: none there."""
+        """Load the newest checkpoint in place. Returns its step; 0 without a checkpoint."""
         dist, paths = self.setup.dist, self.complete()
         if not paths:
             return 0
@@ -733,18 +732,17 @@ class Log:
 
     def __init__(self, out, start, dist):
         """Keep the lines up to step `start` of a resumed run; remove what other runs left in `out`."""
-        self.first, self.file, path, lines = {}, None, out / "train_log.jsonl", []
+        self.first, self.file, path, entries = {}, None, out / "train_log.jsonl", []
         if dist.rank > 0:
             return
         for line in read_text(path).splitlines() if start and path.exists() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or written after the last step
-                lines += [line] if json.loads(line)["step"] <= start else []
+                entries += [entry for entry in [json.loads(line)] if entry["step"] <= start]
         checkpoints = (out / "checkpoints").glob(f"{STEP}*")
         for old in [out / "saving.tmp", *(path for path in checkpoints if path.suffix == ".tmp" or not start)]:
             shutil.rmtree(old, ignore_errors=True)
-        if lines and json.loads(lines[0])["step"] == 0:
-            self.first = json.loads(lines[0])  # measured before the first step
-        write_text(path, "".join(line + "\n" for line in lines))
+        self.first = next((entry for entry in entries if entry["step"] == 0), {})  # measured before training
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, **entry):
@@ -795,10 +793,9 @@ def train(args, stop_signals):
         if setup.eval_samples:
             report_validation(setup, cc, before, log)
         save_result(setup, cc, loaded.dtypes, info)
-        dist.print0(f"saved to {args.out}\nnext: python infer.py"
-                    + ("" if args.out == "out" else f" --model {args.out}")
-                    + (" --lang sw" if args.embedded else " --prompt ...") + ", python eval.py"
-                    + ("" if args.embedded else f" --model {args.out} --data BENCHMARKS"))
+        use = ("--lang sw", "") if args.embedded else ("--prompt ...", " --data BENCHMARKS")
+        dist.print0(f"saved to {args.out}\nnext: python infer.py --model {args.out} {use[0]}, python eval.py "
+                    f"--model {args.out}{use[1]}")
 
 
 def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
@@ -834,7 +831,7 @@ def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
 
         # validate; after the last epoch train() does
         if setup.eval_samples and not is_last and steps[step + 1][0] != epoch:
-            losses = validate(setup, cc, setup.connections[:1])
+            losses = validate(setup, cc, [setup.connection])
             log.write(step=step + 1, epoch=epoch, eval_loss=losses)
             dist.print0(f"epoch {epoch + 1}/{args.epochs}: validation loss {min(losses.values()):.4f}")
 
@@ -860,14 +857,11 @@ def save_result(setup, cc, dtypes, info):
     tensors = ((name, refuse_nan(f"{out}: {name}", full_tensor(p).to(dtypes[name])))
                for name, p in cc.lm.named_parameters())
     if setup.dist.rank > 0:
-        return list(map(len, tensors))  # take part in the gathering
-    try:
-        save_checkpoint(out, args.model, tensors, info, extra, int(1e9 * args.max_shard_size),
-                        setup.tokenizer)
-    except (UserError, OSError, SafetensorError) as error:
-        shutil.rmtree(out / "saving.tmp", ignore_errors=True)
-        raise UserError(f"{out}: cannot be written ({last_line(error)}); make room, then run again"
-                        + (" with --resume" if args.save_every else "")) from None
+        for _ in tensors:  # take part in the gathering
+            pass
+        return
+    with writing(out, out / "saving.tmp", setup.dist):
+        save_checkpoint(out, args.model, tensors, info, extra, int(1e9 * args.max_shard_size), setup.tokenizer)
 
 
 def main():
