@@ -841,10 +841,9 @@ def open_columns(model, folder, args, results, dist):
     engine = dist.together(Engine, model, "none", args.template, args.dtype)
     results.about["models"][model] = {"template": engine.tokenizer.template, "dtype": str(engine.dtype),
                                       "device": engine.device.type}
-    asked = args.connection or [engine.default_connection()]
-    for connection in [c for c in asked if engine.can_connect(c)] or [engine.default_connection()]:
+    for connection in [c for c in args.connection or [None] if not engine.lacks(c)] or [None]:
         engine.connect(connection)
-        yield connection, engine
+        yield engine.connection, engine
     for notice in engine.notices:
         dist.print0(notice, file=sys.stderr)
 

@@ -41,36 +41,37 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=docstring, formatter_class=Help)
     add = parser.add_argument
     add("--model", metavar="DIR", help=f"checkpoint folder (default: {WHICH_MODEL})")
-    add("--lang", metavar="CODE", help="language of the prompts; without prompts, of the embedded questions")
+    add("--lang", metavar="CODE", help="language of the embedded questions; no effect on prompts of your own")
     add("--prompt", metavar="TEXT", help="a prompt, or - for a prompt per line of standard input")
-    add("--prompt_en", metavar="TEXT", help="its English version, for --connection english")
     add("--input", metavar="FILE", help="prompts as JSON lines or a JSON list: \"instruction\", optional "
         "\"instruction_en\", \"lang\" and \"input\"")
-    add("--output", metavar="FILE", help="for --input's lines with \"answer\" added (default: standard output)")
+    add("--prompt_en", metavar="TEXT", help="English version of --prompt, for --connection english")
+    add("--output", metavar="FILE", help="JSON lines of --input with \"answer\" added (default: standard output)")
     add("--explain", action="store_true", help="show the chosen layer and the Decision Maker's probabilities")
     add_engine_options(parser, max_new_tokens=256)
-    add("--temperature", type=at_least(0, float), default=0.0, metavar="X", help="of sampling; 0: greedy")
-    add("--top_p", type=at_least(0, float), default=1.0, metavar="X", help="sample from the most likely tokens "
-        "that together have this probability")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="of sampling, a random state per prompt")
+    add("--temperature", type=at_least(0, float), default=0.0, metavar="X", help="sampling temperature; 0: greedy")
+    add("--top_p", type=at_least(0, float), default=1.0, metavar="X",
+        help="total probability of the most likely tokens to sample from")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="random seed for sampling")
     return parser.parse_args(argv)
 
 
 def add_engine_options(parser, max_new_tokens=None, connections=None):
     """The options that infer.py and eval.py share. connections: "+" where several may be given."""
     add = parser.add_argument
-    add("--connection", nargs=connections, choices=("matrix", "english", "none"), help="matrix: from the "
-        "prompt itself, through the Transform Matrix; english: from its English version, the bound of what a "
-        "matrix can give; none: a plain model (default: matrix, if there is one)")
+    add("--connection", nargs=connections, choices=("matrix", "english", "none"), help="matrix: from the prompt, "
+        "through the Transform Matrix; english: from its English version, the upper bound for the matrix; none: a "
+        "plain model (default: matrix, if there is one)")
     by_task = "" if max_new_tokens else " (default: by task: summaries 128, options 24, others 32)"
-    add("--max_new_tokens", type=at_least(1), default=max_new_tokens, metavar="N", help=f"longest answer{by_task}")
+    add("--max_new_tokens", type=at_least(1), default=max_new_tokens, metavar="N",
+        help=f"maximum tokens of an answer{by_task}")
     add("--batch_size", type=at_least(1), default=16, metavar="N", help="prompts answered together")
     add("--template", choices=TEMPLATE_NAMES, help="chat template (default: the checkpoint's)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the computation (default: as stored)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="compute dtype (default: as stored)")
 
 
 def default_model():
-    """The folder to answer from if none is given."""
+    """The folder used without --model. Prints its name."""
     folder = "out" if holds_model("out") else relative(DATA / "tuned")
     if process_ranks()[0] == 0:
         print(f"model: {folder}", file=sys.stderr)
@@ -120,7 +121,7 @@ class Prompt:
 @dataclass
 class Answer:
     ids: list
-    probabilities: list | None = None  # (L,) the Decision Maker's; None: unconnected, or a mean
+    probabilities: list | None = None  # (L,) the Decision Maker's; None: no connection, or a mean
     likelihood: dict | None = None     # {option: log-probability of giving it in any of its forms, in nats}
 
     @property
@@ -149,30 +150,28 @@ class Engine:
             prepack_for_cpu(self.cc.lm)
         notices = self.tokenizer.notice, self.config.cctuning.get("matrix", {}).get("doubt")
         self.notices = [notice for notice in notices if notice]
-        self.connect(connection or self.default_connection())
+        self.connect(connection)
 
-    def can_connect(self, connection):
-        has_matrix = self.cc.transform_matrix.weight is not None
-        return {"none": True, "english": self.cc.trained, "matrix": has_matrix}[connection]
+    def lacks(self, connection):
+        """What the checkpoint lacks for a connection (None: matrix), and the remedy; None if nothing."""
+        if connection in (None, "matrix") and self.cc.transform_matrix.weight is None:
+            file = "" if self.cc.trained else "no cctuning.safetensors, "
+            return f"{file}no Transform Matrix; fit one with train.py --epochs 0"
+        if connection == "english" and not self.cc.trained:
+            return "no trained Decision Maker; train it with train.py"
+        return None
 
-    def default_connection(self):
-        """"matrix" if there is one."""
-        if self.can_connect("matrix"):
-            return "matrix"
-        lacks = "no cctuning.safetensors"
-        if self.cc.trained:
-            lacks = "no Transform Matrix (train.py --epochs 0 fits one)"
-        self.notices.append(f"{self.folder}: {lacks}, answering as a plain model")
-        return "none"
+    def connect(self, connection=None):
+        """Use this connection from now on; None: the matrix, or none and a notice.
 
-    def connect(self, connection):
-        """Use this connection from now on. Raises UserError if the checkpoint lacks what it needs."""
-        if not self.can_connect(connection):
-            lacks, remedy = "Transform Matrix", "fit one with train.py --epochs 0"
-            if connection == "english":
-                lacks, remedy = "trained Decision Maker", "train it with train.py"
-            raise UserError(f"{self.folder}: has no {lacks}; {remedy}, or use --connection none")
-        self.connection = connection
+        Raises UserError if the checkpoint lacks what the connection needs.
+        """
+        problem = self.lacks(connection)
+        if problem and connection:
+            raise UserError(f"{self.folder}: {problem}, or use --connection none")
+        if problem:
+            self.notices.append(f"{self.folder}: {problem}; answering as a plain model")
+        self.connection = connection or ("none" if problem else "matrix")
 
     def encode(self, record, number=0):
         """The Prompt of a Record. Raises UserError for what cannot be answered."""
@@ -308,12 +307,10 @@ def sample_next_token(logits, temperature, top_p, generators):
 
 
 def prepack_for_cpu(lm):
-    """Repack a model's weights for oneDNN's matrix products. The model cannot be trained afterwards.
+    """Reorder weights for oneDNN: decoding on a CPU is up to 3x faster. Inference only.
 
-    A decoding step multiplies few rows with every weight. From the stored layout, MKL reaches a third of the
-    memory bandwidth (all of it with one float32 row). float16, and bfloat16 where the CPU has no instructions
-    for it, is widened to float32, which is exact; products are rounded back. (These operators are the ones
-    torch.compile's freezing uses; they have no public name.)
+    float16, and bfloat16 where the CPU lacks instructions for it, is widened to float32 (exact). The operators are
+    private: torch.compile's freezing uses them.
     """
     if not torch.backends.mkldnn.is_available():
         return
@@ -351,10 +348,10 @@ def check_args(args):
 
 
 def stream(engine, prompt, options, explain):
-    """Print one answer as it grows.
+    """Print one answer while it is generated.
 
-    The whole answer is decoded each time and the difference printed: token by token, SentencePiece loses
-    spaces. An incomplete character (U+FFFD) at the end is held back.
+    Each time, decode the whole answer and print what is new: decoded token by token, SentencePiece loses
+    spaces. An incomplete character (U+FFFD) at the end waits for its next token.
     """
     shown = text = ""
     for (answer,) in engine.generate([prompt], *options):
@@ -380,8 +377,20 @@ def answer_lines(engine, options, explain):
 
 
 def write_json_lines(path, values):
-    """Write JSON lines, whole or not at all."""
+    """Write JSON lines atomically."""
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+def write_answers(args, records, answers, texts):
+    """Write the lines of --input with their answers to --output or standard output."""
+    lines = []
+    for record, answer, text in zip(records, answers, texts, strict=True):
+        explained = {"layer": answer.layer, "probabilities": answer.probabilities} if args.explain else {}
+        lines.append({**record.fields, "answer": text, **explained})
+    if args.output:
+        return write_json_lines(args.output, lines)
+    for line in lines:
+        print(json.dumps(line, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
 
 
 def main():
@@ -407,26 +416,18 @@ def main():
         return stream(engine, prompts[0], options, args.explain)
     with tqdm(total=len(prompts), desc="answers", unit="prompt", disable=None) as progress:
         answers = engine.answer_all(prompts, args.batch_size, *options, progress=progress)
-    lines = []
-    for record, answer in zip(records, answers, strict=True):
-        text = engine.tokenizer.decode(answer.ids)
-        if args.input:
-            explained = {"layer": answer.layer, "probabilities": answer.probabilities} if args.explain else {}
-            lines.append({**record.fields, "answer": text, **explained})
-        else:
-            line = text.replace("\n", "\\n")
-            if args.prompt is None:
-                verdict = "right" if text == record.answer else f"wrong: {record.answer}"
-                line = f"{record.prompt}  {line}  [{verdict}]"
-            print(line + (f"  {engine.explain(answer)}" if args.explain else ""))
-    if args.prompt is None and not args.input:
-        right = sum(engine.tokenizer.decode(a.ids) == r.answer for r, a in zip(records, answers, strict=True))
+    texts = [engine.tokenizer.decode(answer.ids) for answer in answers]
+    if args.input:
+        return write_answers(args, records, answers, texts)
+    for record, answer, text in zip(records, answers, texts, strict=True):
+        line = text.replace("\n", "\\n")
+        if args.prompt is None:
+            verdict = "right" if text == record.answer else f"wrong: {record.answer}"
+            line = f"{record.prompt}  {line}  [{verdict}]"
+        print(line + (f"  {engine.explain(answer)}" if args.explain else ""))
+    if args.prompt is None:
+        right = sum(text == record.answer for record, text in zip(records, texts, strict=True))
         print(f"{right} of {len(records)} right; python eval.py scores all of them")
-    if args.output:
-        write_json_lines(args.output, lines)
-    else:
-        for line in lines:
-            print(json.dumps(line, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
 
 
 if __name__ == "__main__":
