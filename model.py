@@ -1,8 +1,8 @@
 """The decoder, its tokenizer and its checkpoint folder.
 
-The decoder is the Llama family's (Llama 2 and 3.x, Mistral, Qwen 2.5 and 3, SmolLM3) under Hugging Face parameter
-names, so that checkpoints load without a rename table. One thing is new: the feed-forward network (FFN) takes a
-second input, a Fusion, which CC-Tuning adds to its output (MLP.forward).
+The decoder is the Llama family's (Llama 2 and 3.x, Mistral, Qwen 2.5 and 3, SmolLM3) under Hugging Face
+parameter names: checkpoints load without a rename table. One thing is new: the feed-forward network (FFN)
+takes a second input, a Fusion, which CC-Tuning adds to its output (MLP.forward).
 
     B      rows (prompts) in a batch            L      decoder layers
     T      tokens of a row                      d      hidden size
@@ -62,14 +62,13 @@ ROPE_SCALING = {  # rope type: its numbers in config.json
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-LARGEST = {"vocab_size": 2 ** 24, "hidden_size": 2 ** 20, "intermediate_size": 2 ** 20, "num_hidden_layers": 1000,
-           "num_attention_heads": 2 ** 14}
+LARGEST = {"vocab_size": 2 ** 24, "hidden_size": 2 ** 20, "intermediate_size": 2 ** 20,
+           "num_hidden_layers": 1000, "num_attention_heads": 2 ** 14}  # a larger number is damage
 
 
 @dataclass(frozen=True)
 class Config:
     """The architecture, read from config.json."""
-    model_type: str
     vocab_size: int                # V
     hidden_size: int               # d
     intermediate_size: int
@@ -86,20 +85,20 @@ class Config:
     qk_norm: bool                  # RMSNorm of each query and key head
     rope_layers: tuple             # (L,) True: the layer's queries and keys are rotated
     initializer_range: float       # standard deviation of the Decision Maker's initial weights
-    max_length: int                # positions the model was made for, or its shorter sliding window
+    max_length: int                # max_position_embeddings, or the sliding window if shorter
     bos_token_id: int | None
     eos_token_ids: tuple
     fusion_layer: int              # the layer whose FFN takes the second input
     source_layer: str | int        # what is fused: one of SOURCES, or a layer's number
-    cctuning: dict                 # what train.py noted: template, method, arguments, matrix fit
+    cctuning: dict                 # metadata of train.py: template, method, arguments, matrix fit
 
     @classmethod
     def read(cls, folder):
-        """Read and check FOLDER/config.json, in the spelling of transformers 4 or 5.
+        """Read and check FOLDER/config.json, written by transformers 4 or 5.
 
-        Raises UserError for what is missing, malformed or not implemented. To add a Llama-like model_type:
-        add its name to FAMILIES and a field for what differs (as `qkv_bias` for Qwen 2.5), and read that field
-        in the class concerned.
+        Raises UserError for missing, malformed or unsupported settings. To add a Llama-like model_type:
+        (1) add its name to FAMILIES, (2) add a field for each difference, such as qkv_bias, and (3) use the
+        field in its module.
         """
         path = Path(folder) / "config.json"
         if not path.exists():
@@ -110,26 +109,24 @@ class Config:
         raw = read_json(path)
         read = ConfigReader(path, raw)
         family, rope = read.check_implemented(), read.rope
-        sizes = {name: read.number(name) for name in LARGEST}
-        for name, largest in LARGEST.items():  # before anything of that size is made
-            read.require(sizes[name] <= largest, f"{name} is {sizes[name]}, more than {largest}")
+        sizes = {name: read.number(name, high=largest) for name, largest in LARGEST.items()}
         hidden, layers, heads = sizes["hidden_size"], sizes["num_hidden_layers"], sizes["num_attention_heads"]
         kv, head_dim = read.number("num_key_value_heads", heads), read.number("head_dim", hidden // heads)
         read.require(heads % kv == 0 and head_dim % 2 == 0 and heads * head_dim <= LARGEST["hidden_size"]
                      and (raw.get("head_dim") or hidden % heads == 0),
-                     f"hidden_size {hidden}, {heads} heads, {kv} key/value heads and head_dim {head_dim} do not fit")
+                     f"hidden_size {hidden}, {heads} heads, {kv} key/value heads and head_dim {head_dim} "
+                     "do not fit")
         scaling = {key: read.number(key, kind=float, source=rope) for key in ROPE_SCALING[read.rope_type]}
         read.require(read.rope_type != "llama3" or scaling["high_freq_factor"] > scaling["low_freq_factor"],
                      "high_freq_factor must be larger than low_freq_factor")
-        tied = raw.get("tie_word_embeddings", family == "smollm3") or False  # each family's default; null: False
+        tied = raw.get("tie_word_embeddings", family == "smollm3") or False  # null: False
         eos, has_bias = raw.get("eos_token_id"), bool(raw.get("attention_bias"))
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        read.require(isinstance(tied, bool) and all(isinstance(i, int) for i in eos),
-                     "tie_word_embeddings or eos_token_id is malformed")
-        has_bias &= family not in ("mistral", "qwen2")  # their configs may say so, transformers does not look
+        read.require(isinstance(tied, bool), f"tie_word_embeddings is {tied!r}, expected true or false")
+        read.require(all(isinstance(i, int) for i in eos), f"eos_token_id is {eos!r}, expected ids")
+        has_bias &= family not in ("mistral", "qwen2")  # transformers ignores the setting there
         return cls(
             **sizes,
-            model_type=family,
             num_key_value_heads=kv,
             head_dim=head_dim,
             rms_norm_eps=read.number("rms_norm_eps", 1e-6, float),
@@ -160,17 +157,18 @@ class ConfigReader:
 
     def require(self, condition, problem):
         if not condition:
-            raise UserError(f"{self.path}: {problem}; restore the file")
+            raise UserError(f"{self.path}: {problem}; correct it, or copy the file again")
 
     def number(self, key, default=None, kind=int, source=None, low=None, high=2 ** 31 - 1):
-        """The number source[key]: above 0, or from `low` on."""
+        """The number source[key]: positive, or equal to `low`; at most `high`."""
         value = default if (source or self.raw).get(key) is None else (source or self.raw)[key]
         valid = isinstance(value, (int, kind)) and not isinstance(value, bool) and value <= high
-        self.require(valid and (value > 0 or value == low), f"{key} is {value!r}, expected a positive {kind.__name__}")
+        self.require(valid and (value > 0 or value == low),
+                     f"{key} is {value!r}, expected a positive {kind.__name__} up to {high}")
         return kind(value)
 
     def check_implemented(self):
-        """The model_type. Refuses what the code does not implement."""
+        """The model_type. Raises UserError for features that are not implemented."""
         raw = self.raw
         why = next((why for part, why in OTHERS.items() if part in str(self.family)), "another architecture")
         kinds = raw.get("layer_types") or []
@@ -186,12 +184,12 @@ class ConfigReader:
             f"layer_types {kinds[:1]}": kinds,
         }.items():
             if found:
-                raise UserError(f"{self.path}: {feature} is not implemented; use a {', '.join(FAMILIES)} model without "
-                                "it, or extend Config.read in model.py")
+                raise UserError(f"{self.path}: {feature} is not supported; use another model (model_type "
+                                f"{', '.join(FAMILIES)}), or extend Config.read in model.py")
         return self.family
 
     def rope_layers(self, layers):
-        """SmolLM3 leaves every fourth layer without rotary positions; its no_rope_layers says 1 where they are."""
+        """SmolLM3: no rotary positions in every fourth layer; no_rope_layers is 1 for layers with them."""
         listed = self.raw.get("no_rope_layers") if self.family == "smollm3" else [1] * layers
         if listed is None:
             interval = self.number("no_rope_layer_interval", 4)
@@ -201,7 +199,7 @@ class ConfigReader:
         return tuple(map(bool, listed))
 
     def max_length(self):
-        """Positions the model takes: stretched by linear scaling, unless said; at most the sliding window."""
+        """max_position_embeddings, times the factor of linear scaling; at most the sliding window."""
         length = self.number("max_position_embeddings", 2048)
         if self.rope_type == "linear" and not self.raw.get("max_sequence_length"):
             original = self.rope.get("original_max_position_embeddings")
@@ -216,7 +214,8 @@ class ConfigReader:
     def connection(self, layers):
         """The fields fusion_layer, source_layer and cctuning."""
         info = self.raw.get("cctuning", {})
-        self.require(isinstance(info, dict) and isinstance(info.get("matrix", {}), dict), "cctuning is malformed")
+        self.require(isinstance(info, dict) and isinstance(info.get("matrix", {}), dict),
+                     "cctuning is malformed")
         languages, fusion = info.get("languages", []), info.get("fusion_layer", 0)
         source = info.get("source_layer", "decision_maker")
         self.require(isinstance(languages, list) and all(isinstance(lang, str) for lang in languages),
@@ -248,7 +247,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        """(..., d) -> (..., d). Under autocast in its dtype: each product that reads it would cast it again."""
+        """(..., d) -> (..., d). Under autocast, cast once here: else each linear layer would."""
         y, device = F.rms_norm(x, self.weight.shape, self.weight, self.eps), x.device.type
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
@@ -277,7 +276,7 @@ def rotary_embedding(config, positions):
 
 
 def rotate(x, rotary):
-    """Rotate x (B, T, heads, D) by the angles of rotary (2, B or 1, T, 1, D); None: not at all."""
+    """Rotate x (B, T, heads, D) by the angles of rotary (2, B or 1, T, 1, D). None: return x unchanged."""
     if rotary is None:
         return x
     cos, sin = rotary.to(x.dtype)
@@ -287,8 +286,8 @@ def rotate(x, rotary):
 class KVCache:
     """Keys and values of the tokens read so far, a pair of tensors (B, kv, room, D) per layer.
 
-    length: positions in use, the same for all rows. Rows shorter than it have unused positions,
-    which the attention mask hides; so the tensors start as zeros, not as garbage.
+    length: positions in use, the same for all rows. Shorter rows have unused positions: the attention mask
+    hides them, but they must be finite (0 x NaN is NaN), so start from zeros.
     """
 
     def __init__(self, config, rows, room, dtype, device):
@@ -309,7 +308,7 @@ class KVCache:
         return keys.scatter_(2, at, k), values.scatter_(2, at, v)
 
     def keep_rows(self, rows):
-        """Keep only these rows. Layer by layer, so that memory never holds the cache twice."""
+        """Keep only these rows. Layer by layer: memory never holds the cache twice."""
         for layer in self.layers:
             layer[:] = (tensor[rows] for tensor in layer)
 
@@ -340,8 +339,8 @@ class Attention(nn.Module):
     def forward(self, x, rotary, k, v, mask):
         """The queries of x (B, T, d) attend to k, v (B, kv, K, D): (B, T, d).
 
-        mask (B, 1, group * T or 1, K), for the query heads of one key head: True where a query may look, or
-            what is added to the scores; None: causal, K = T.
+        mask (B, 1, group * T or 1, K), for the query heads of one key head: True for visible keys, or numbers
+            added to the scores. None: causal, K = T.
         """
         q = self.split_heads(self.q_proj(x), self.q_norm, rotary)  # (B, heads, T, D)
         if mask is None:
@@ -357,10 +356,10 @@ class Attention(nn.Module):
 
 
 def attention_mask(config, positions, length, dtype):
-    """0 where a query at positions (B, T) may look, -inf at later keys: (B, 1, group * T, K), K = length.
+    """For queries at positions (B, T): 0 for visible keys, -inf for later ones (B, 1, group * T, K = length).
 
-    Once for all layers, as GPU kernels take it: numbers, with rows a multiple of 8 apart. They would convert
-    and copy any other mask, in every layer.
+    Made once for all layers in the form of the GPU kernels: numbers, row stride a multiple of 8. They would
+    convert and copy any other mask, in every layer.
     """
     group = config.num_attention_heads // config.num_key_value_heads
     keys = torch.arange(-(-length // 8) * 8, device=positions.device)
@@ -414,8 +413,8 @@ class DecoderLayer(nn.Module):
         """(B, T, d) -> the layer's output and its FFN activation, (B, T, d) each.
 
         update_cache(k, v): writes keys and values to the KV cache, returns those of all positions.
-        only_at (B,): the output is wanted for this token of each row only, (B, 1, d) each; the
-            other tokens serve as keys and values.
+        only_at (B,): compute the output only for this token of each row, (B, 1, d) each. All tokens
+            still give keys and values.
         """
         h = self.input_layernorm(x)
         k, v = self.self_attn.keys_values(h, rotary)
@@ -462,14 +461,14 @@ class Transformer(nn.Module):
     def forward(self, x, positions=None, cache=None, fusion=None, collect_at=None, first_layer=0):
         """Run token embeddings x (B, T, d) through the decoder. Returns an Output.
 
-        positions (B, T): the tokens' positions in their rows; they attend to the cached positions
-            up to their own. None: whole right-padded rows from position 0; padding comes after
-            every real token, so the causal mask is enough.
-        cache: a KVCache to read and write.
+        Full pass (positions=None): right-padded rows from position 0. Padding comes after every real
+            token, so the causal mask is enough. With a cache, it writes keys and values there.
+        Decoding: positions (B, T) of the tokens in their rows, and a KVCache; they attend to the cached
+            positions up to their own.
+        Restart: first_layer > 0; x is the input of that layer.
         fusion: the second input of the fusion layer's FFN.
-        collect_at (B,): collect the FFN activations of this token of each row (needs
-            positions=None); nothing else is computed in the last layer.
-        first_layer: start there; x is then the input of that layer.
+        collect_at (B,): in a full pass, collect the FFN activations of this token of each row; the last
+            layer computes only this token.
         """
         config, layers = self.config, self.model.layers
         rotary_positions, mask, at = positions, None, None
@@ -488,7 +487,7 @@ class Transformer(nn.Module):
                 fusion_input = x
             x, activation = layers[i](
                 x, rotary if config.rope_layers[i] else None, mask,
-                update_cache=partial(cache.update, i, at=at) if cache else None,
+                update_cache=None if cache is None else partial(cache.update, i, at=at),
                 fusion=fusion if i == config.fusion_layer else None,
                 only_at=collect_at if is_last else None,
             )
@@ -526,7 +525,7 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 
 
 class Loaded(NamedTuple):
-    """What load_weights found in a checkpoint folder."""
+    """What load_weights returns."""
     dtypes: dict                          # {tensor name: dtype as stored}
     decision_maker: torch.Tensor | None   # (L, d), in a checkpoint of the paper's code
 
@@ -549,11 +548,11 @@ def weight_files(folder):
         with open_safetensors(single) as file:
             return {single: list(file.keys())}
     if not index.exists():
-        raise UserError(f"{folder}: no {single.name} and no {INDEX_FILE}; convert other formats to safetensors")
+        raise UserError(f"{folder}: no {single.name}, no {INDEX_FILE}; convert other formats to safetensors")
     weight_map = read_json(index).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else [None]
     if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise UserError(f"{index}: weight_map does not map tensor names to file names; restore the file")
+        raise UserError(f"{index}: weight_map must map tensor names to file names; copy the file again")
     for name, file in weight_map.items():
         files.setdefault(folder / file, []).append(name)
     return files
@@ -568,11 +567,10 @@ def is_papers_checkpoint(folder):
 
 
 def assign(model, name, stored, dtype=None, device="cpu"):
-    """Set the parameter `name` to a stored tensor; of a DTensor, this rank's rows.
+    """Set a parameter from `stored`, a tensor or a slice of an open file. Returns the local tensor.
 
-    A whole parameter is replaced: no copy, unless dtype or device change. A DTensor is sharded in rows, as
-    fully_shard does it, ceil(n / world) on each rank; `stored` may be the open file's slice of it. Returns what is
-    held here.
+    Sharded (DTensor): copy this rank's shard, ceil(n / world) of the first dimension as in fully_shard.
+    Otherwise: replace the parameter, without a copy unless dtype or device change.
     """
     parameter = model.get_parameter(name)
     if isinstance(parameter, DTensor):
@@ -588,7 +586,7 @@ def assign(model, name, stored, dtype=None, device="cpu"):
 
 
 def refuse_nan(name, tensor):
-    """The tensor, unless a number in it is NaN. (aminmax is far faster than isnan.)"""
+    """Raise UserError for NaN, else return the tensor. (aminmax is far faster than isnan.)"""
     if len(tensor) and tensor.aminmax().max.isnan():
         raise UserError(f"{name} holds NaN; copy the file again, or train with a lower --lr")
     return tensor
@@ -597,8 +595,8 @@ def refuse_nan(name, tensor):
 def load_weights(model, folder, dtype=None, device="cpu"):
     """Load a checkpoint folder into a Transformer (on the meta device, or sharded). Returns Loaded.
 
-    dtype: of the loaded weights; None: as stored. Raises UserError for tensors that are missing, unexpected
-    or of the wrong shape.
+    dtype: of the loaded weights; None: as stored. Raises UserError for a missing or unexpected tensor, or a
+    wrong shape.
     """
     parameters, dtypes, decision_maker = dict(model.named_parameters()), {}, None
     ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -614,21 +612,22 @@ def load_weights(model, folder, dtype=None, device="cpu"):
                     decision_maker = file.get_tensor(name)
                     continue
                 if name not in parameters:
-                    raise UserError(f"{path}: unexpected tensor {name}; config.json describes another model")
+                    raise UserError(f"{path}: unexpected tensor {name}; config.json is not of this model")
                 parameter, stored = parameters[name], file.get_slice(name)
                 shape, kind = tuple(stored.get_shape()), stored.get_dtype()
                 if kind not in DTYPES:
-                    raise UserError(f"{path}: {name} is stored as {kind}, not implemented; use float weights")
+                    raise UserError(f"{path}: {name} has the dtype {kind}, not supported; use float weights")
                 if shape != tuple(parameter.shape):
-                    raise UserError(f"{path}: {name} has shape {shape}, config.json says {tuple(parameter.shape)}; "
-                                    "one is of another model")
+                    raise UserError(f"{path}: {name} has shape {shape}, config.json says "
+                                    f"{tuple(parameter.shape)}; the files do not belong to the same model")
                 dtypes[name] = DTYPES[kind]
                 is_sharded = isinstance(parameter, DTensor)
                 value = assign(model, name, stored if is_sharded else file.get_tensor(name), dtype, device)
                 refuse_nan(f"{path}: {name}", value)
     if missing := sorted(parameters.keys() - dtypes.keys()):
-        raise UserError(f"{folder}: lacks {len(missing)} tensors, {missing[0]} the first; copy the folder again")
-    if dtype is None:  # one dtype throughout, also where norms are stored in another
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, for example {missing[0]}; copy the "
+                        "folder again")
+    if dtype is None:  # cast all parameters to one dtype: some checkpoints store norms in another
         model.to(model.model.embed_tokens.weight.dtype)
     return Loaded(dtypes, decision_maker)
 
@@ -643,20 +642,19 @@ def load_model(folder, dtype=None, device="cpu"):
 
 # ------------------------------------------------------------------------------ checkpoint folder: writing
 
-RUN_FILE = "run.json"  # a run's first file in a folder; who writes there
+RUN_FILE = "run.json"  # the first file that a run writes: its process and host
 SHARDS = f"model-{5 * '[0-9]'}-of-{5 * '[0-9]'}.safetensors"
 
 
 def holds_model(folder):
-    """True if the folder has files of a model, which saving would replace."""
+    """True if the folder has model files, which saving would replace."""
     return any((Path(folder) / name).exists() for name in ("config.json", INDEX_FILE, "model.safetensors"))
 
 
 def is_ours(out):
-    """True if train.py has written to the folder before; False if no file there has a name that it writes.
+    """True if config.json (or RUN_FILE, before there is a result) has train.py's entry "cctuning".
 
-    A folder is ours by the entry "cctuning" in config.json or, before there is a result, in RUN_FILE. Raises
-    UserError where a run would replace or remove a file that train.py did not write.
+    Raises UserError if a run would replace or remove a file not written by train.py.
     """
     out, folders = Path(out), ("checkpoints", "saving.tmp")
     marker = next((out / name for name in ("config.json", RUN_FILE) if (out / name).exists()), None)
@@ -665,17 +663,17 @@ def is_ours(out):
     for path in [*(out / name for name in (*files, *folders)), *out.glob(SHARDS)]:
         fits = path.is_dir() and not path.is_symlink() if path.name in folders else path.is_file()
         if (path.is_symlink() or path.exists()) and not (ours and fits):
-            raise UserError(f"{path}: was not written by train.py, which would replace it; give another --out")
+            raise UserError(f"{path}: would be replaced, but was not written by train.py; give another --out")
     if (out / "model.safetensors").exists():
-        raise UserError(f"{out}: model.safetensors there would be loaded in place of the result; give another --out")
+        raise UserError(f"{out}/model.safetensors: would be loaded instead of the result; give another --out")
     return ours
 
 
 def tokenizer_files(folder):
     """Names of a checkpoint folder's tokenizer files.
 
-    Raises UserError for what must not be copied: a folder, a pipe, a link that leaves the checkpoint folder (except
-    to the blobs of Hugging Face's cache).
+    Raises UserError for a folder, a pipe or a link out of the checkpoint folder, except links to the blobs of
+    Hugging Face's cache.
     """
     paths = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).exists() or path.is_symlink()]
     home = Path(folder).resolve()
@@ -686,8 +684,8 @@ def tokenizer_files(folder):
 
 
 def write_shards(folder, tensors, shard_bytes):
-    """Write (name, tensor) pairs as model-*-of-*.safetensors with their index; freed after each shard."""
-    shards, shard, size, total = [], {}, 0, 0  # names per shard; the open shard; bytes
+    """Write (name, tensor) pairs as model-*-of-*.safetensors with their index. Keeps one shard in memory."""
+    shards, shard, size, total = [], {}, 0, 0  # names per written shard; the open shard; its bytes; all bytes
 
     def close_shard():
         save_file(shard, folder / f"{len(shards)}.tmp", metadata={"format": "pt"})
@@ -706,16 +704,17 @@ def write_shards(folder, tensors, shard_bytes):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{i}.tmp").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
-    write_text(folder / INDEX_FILE, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
 
 
 def save_checkpoint(out, source, tensors, info, extra=None, shard_bytes=5_000_000_000, tokenizer=None):
-    """Write a Hugging Face checkpoint folder; an old model in it is replaced once the new one is written.
+    """Write a Hugging Face checkpoint folder. An old model there stays until the new one is written.
 
-    source: the folder that config.json and the tokenizer files are copied from.
-    tensors: (name, tensor) pairs in the dtype to store, read one by one.
-    info: becomes config.json's entry "cctuning".  extra: {name: tensor} of cctuning.safetensors.
-    tokenizer: of the source; the folder gets the chat template that it was made with.
+    source: config.json and the tokenizer files are copied from this folder.
+    tensors: iterable of (name, tensor) in the dtype to store.
+    info: config.json's entry "cctuning".  extra: {name: tensor} of cctuning.safetensors.
+    tokenizer: the source's Tokenizer; its chat template is saved.
     """
     out, source = Path(out), Path(source)
     staging = out / "saving.tmp"
@@ -738,8 +737,8 @@ def save_checkpoint(out, source, tensors, info, extra=None, shard_bytes=5_000_00
         sync(path)
 
     # Remove the old model, its index first; then move the new one in, its index last. A folder without an
-    # index does not load, so a crash in between leaves no mixture of the two. Tokenizer files that the old model
-    # does not list are the user's.
+    # index does not load, so a crash in between leaves no mixture of the two. Tokenizer files not listed by
+    # the old model are the user's.
     old = read_json(out / "config.json").get("cctuning", {}) if (out / "config.json").exists() else {}
     names = [INDEX_FILE, CCTUNING_FILE, *(name for name in TOKENIZER_FILES if name in old.get("files", []))]
     for path in [*(out / name for name in names), *out.glob(SHARDS)]:
@@ -753,11 +752,11 @@ def save_checkpoint(out, source, tensors, info, extra=None, shard_bytes=5_000_00
 # -------------------------------------------------------------------------- chat template and tokenizer
 
 class Template(NamedTuple):
-    """One of the paper's chat templates. Special tokens are encoded by name, the rest as text."""
-    turn: str                       # the user's words {x}, and what begins the assistant's turn
+    """One of the paper's chat templates."""
+    turn: str                       # {x}: the user's text; then the start of the assistant's turn
     special: tuple = ()             # the special tokens in it
     end_of_turn: str | None = None  # None: the model's EOS
-    system: str = ""                # before the first turn
+    system: str = ""                # text before the first turn
 
 
 TEMPLATES = {
@@ -773,18 +772,20 @@ TEMPLATES = {
     "plain": Template("{x}\n"),
 }
 TEMPLATE_NAMES = ("own", *TEMPLATES)  # own: the checkpoint's
-JINJA = ("{{ START }}{% for m in messages %}{% if m['role'] == 'user' %}{{ BEFORE + m['content'] + AFTER }}"
-         "{% elif m['role'] == 'assistant' %}{{ m['content'] + END }}"
-         "{% else %}{{ raise_exception('trained with user and assistant turns only') }}{% endif %}{% endfor %}")
-TODAY = datetime.datetime(2024, 7, 26)  # in every prompt: it must not change from day to day
+JINJA = (  # of the paper's templates; START, BEFORE, AFTER and END are replaced
+    "{{ START }}{% for m in messages %}{% if m['role'] == 'user' %}{{ BEFORE + m['content'] + AFTER }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + END }}"
+    "{% else %}{{ raise_exception('trained with user and assistant turns only') }}{% endif %}{% endfor %}")
+TODAY = datetime.datetime(2024, 7, 26)  # the date in every prompt: it must not change from day to day
 DEFAULTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}  # variables of chat templates
-TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # what a piece that marks turns looks like
+TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # the form of pieces that mark turns
 WORDS, ANSWER = "\ue000", "\ue001"  # placeholders, of the private use area
 
 
 def freeze(source):
     """A chat template that renders the same on any day, and without thinking unless asked for."""
-    source = re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda m: json.dumps(TODAY.strftime(m[2])), source)
+    dates = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+    source = dates.sub(lambda match: json.dumps(TODAY.strftime(match[2])), source)
     for name, value in DEFAULTS.items():
         line = f"{{%- set {name} = {name} | default({json.dumps(value)}) %}}\n"
         source = line + source if name in source and line not in source else source
@@ -792,41 +793,30 @@ def freeze(source):
 
 
 def compile_jinja(source):
-    """A chat template, compiled with the options, filters and functions that transformers gives it."""
+    """Compile a chat template with the options, filters and functions that transformers provides."""
     import jinja2.ext
     import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks the answer for transformers, and changes no text."""
-        tags = {"generation"}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
+    # {% generation %} marks the answer for transformers and changes no text.
+    source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", source)
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals.update(raise_exception=raise_exception, strftime_now=TODAY.strftime)
     return environment.from_string(source)
 
 
-def without_prefix(part):
-    """For json's object_hook: a tokenizer.json that puts no space before a text."""
-    off = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-    return {key: off.get(key, value) for key, value in part.items()}
-
-
 class Turn(NamedTuple):
-    """A rendered turn, cut at special tokens: ids, and the one text that has the user's words or the answer."""
+    """A rendered turn, cut at special tokens: before, the text left + prompt or answer + right, after."""
     before: list   # ids
-    left: str      # the text before the words
-    right: str     # ... and after them
+    left: str
+    right: str
     after: list    # ids
-    strip: list    # [left, right]: True if the words lose their white space there
+    strip: list    # [left, right]: True if white space of the prompt or answer is stripped there
     prefix: bool   # True if the tokenizer puts a space before the text
 
 
@@ -843,7 +833,7 @@ def no_panic(path):
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{path}: the tokenizers package fails on it ({error}); restore the file") from None
+        raise UserError(f"{path}: the tokenizers package fails ({error}); copy the file again") from None
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -853,12 +843,12 @@ def no_panic(path):
 class Tokenizer:
     """Text to ids and back in the checkpoint's chat template, for training, inference and evaluation.
 
-    template: its name.  jinja: the chat template that makes transformers' prompts equal to these.
+    template: its name.  jinja: its source; transformers makes the same prompts with it.
     connection_index: the connection position, counted from a prompt's end (-1: its last token).
     end_of_turn: the id that ends an answer.  stop: all ids that end decoding.
-    control: {text: id} of the tokens that no text may become: special ones and those of the template.
+    control: {text: id} of special tokens and of the template's tokens; no user text becomes one of them.
     notice: a line to show the user, or None.
-    Raises UserError for missing or malformed files, or files that lack what the template needs.
+    Raises UserError for missing or malformed files, or if the template's special tokens are missing.
     """
 
     def __init__(self, folder, config, template=None):
@@ -877,14 +867,15 @@ class Tokenizer:
             with no_panic(self.path):
                 read(contents, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.path}: it or tokenizer_config.json is malformed ({error!r}); restore "
-                            "both") from None
+            raise UserError(f"{self.path}: this file or tokenizer_config.json is malformed ({error!r}); copy "
+                            "both again") from None
         self._set_eos(config)
         self.template = template or config.cctuning.get("template") or self._choose_template()
         if not isinstance(self.template, str) or self.template not in TEMPLATE_NAMES:
-            raise UserError(f"{folder}: unknown template {self.template!r}; there are {', '.join(TEMPLATE_NAMES)}")
+            raise UserError(f"{folder}: unknown template {self.template!r}; give one of "
+                            f"{', '.join(TEMPLATE_NAMES)}")
         with no_panic(self.path):
-            self._compile(self._own_template() if self.template == "own" else self._papers_template(), config)
+            self._set_template(config)
 
     def _read_optional(self, name):
         return read_json(self.folder / name) if (self.folder / name).exists() else {}
@@ -892,9 +883,10 @@ class Tokenizer:
     # ---- the vocabulary
 
     def _collect_tokens(self, special_map, listed, contents):
-        """Set added, {text: token} of what is listed beside the vocabulary, and named, {"bos_token": text, ...}."""
-        # As transformers does: added_tokens.json counts where there is no added_tokens_decoder.
-        self.added = {} if "added_tokens_decoder" in self.settings else {text: {"id": i} for text, i in listed.items()}
+        """Set added, {text: token} of tokens outside the vocabulary, and named, {"bos_token": text, ...}."""
+        # As in transformers: added_tokens.json is read only without added_tokens_decoder.
+        listed = {} if "added_tokens_decoder" in self.settings else listed
+        self.added = {text: {"id": i} for text, i in listed.items()}
         for i, token in (self.settings.get("added_tokens_decoder") or {}).items():
             self.added[token["content"]] = dict(token, id=int(i))
         self.added.update((token["content"], token) for token in contents.get("added_tokens") or [])
@@ -906,27 +898,29 @@ class Tokenizer:
                 self.named[key] = value["content"] if isinstance(value, dict) else value
         self._extra = [t["content"] if isinstance(t, dict) else t for t in extra]
 
-    def _set_special(self, id_of, defaults, size):
-        """Set bos and eos, and mark the tokens that are special; id_of(text): an id or None.
+    def _set_special(self, id_of, defaults):
+        """Set bos and eos, and mark special tokens. id_of(text): an id or None.
 
-        A named token that the vocabulary lacks comes after it, as in transformers.
+        A named token missing from the vocabulary gets the next id after it, as in transformers.
         """
         self.named = {**defaults, **self.named}
         first = [self.named.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
         for text in filter(None, [*first, *self._extra]):
             if text not in self.added and id_of(text) is None:
-                following = max([size, *(token["id"] + 1 for token in self.added.values())])
+                following = max([self.size, *(token["id"] + 1 for token in self.added.values())])
                 self.added[text] = {"id": following, "may_lack_embedding": True}
             token = self.added.get(text) or {"id": id_of(text)}
             self.added[text] = dict(token, special=True)
-        self.bos, self.eos = (self.added.get(self.named.get(key), {}).get("id") for key in ("bos_token", "eos_token"))
+        self.bos, self.eos = (self.added.get(self.named.get(key), {}).get("id")
+                              for key in ("bos_token", "eos_token"))
 
     def _set_eos(self, config):
-        """Set the EOS ids that the configs list, and eos to the first where the tokenizer has none."""
+        """Collect the EOS ids of the configs; the first becomes eos if the tokenizer has none."""
         listed = self.generation.get("eos_token_id")
         listed = [*(listed if isinstance(listed, list) else [listed]), *config.eos_token_ids]
         if not all(i is None or isinstance(i, int) for i in listed):
-            raise UserError(f"{self.folder}/generation_config.json: eos_token_id is {listed!r}; restore the file")
+            raise UserError(f"{self.folder}/generation_config.json: eos_token_id is {listed!r}; copy the file "
+                            "again")
         self._listed = [i for i in listed if i is not None and 0 <= i < config.vocab_size]
         self.eos = self._listed[0] if self.eos is None and self._listed else self.eos
 
@@ -938,33 +932,24 @@ class Tokenizer:
             # Protobuf messages merge when concatenated: this sets normalizer_spec.add_dummy_prefix to false.
             bare = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except (RuntimeError, OSError):
-            raise UserError(f"{self.path}: not a SentencePiece model; restore it, or remove it for "
+            raise UserError(f"{self.path}: not a SentencePiece model; copy it again, or remove it to use "
                             "tokenizer.json") from None
         self._decode, self.size = sp.decode, sp.get_piece_size()
         self._encode = lambda text, prefix: (sp if prefix else bare).encode(text)
         for text, i in ((sp.id_to_piece(i), i) for i in range(self.size)):
-            if sp.is_control(i) or (TAG.fullmatch(text) and not sp.is_byte(i)):  # some are user-defined pieces
+            if sp.is_control(i) or (TAG.fullmatch(text) and not sp.is_byte(i)):  # or user-defined
                 self.added.setdefault(text, {"id": i, "special": sp.is_control(i)})
         self.added = {text: token for text, token in self.added.items()  # else another piece has the id
                       if token["id"] >= self.size or token["id"] == sp.piece_to_id(text)}
         special = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
         self._set_special(lambda text: None if sp.is_unknown(i := sp.piece_to_id(text)) else i,
-                          {key: sp.id_to_piece(i) for key, i in special.items() if i >= 0}, self.size)
+                          {key: sp.id_to_piece(i) for key, i in special.items() if i >= 0})
 
-        # Since transformers' legacy mode ended, only a text at the very start gets SentencePiece's space.
+        # Unless legacy, transformers puts SentencePiece's space only before a text at the very start.
         scheme = "always" if self.settings.get("legacy") in (None, True) else "first"
-        if "model" in contents and self.settings.get("add_prefix_space") is None:  # transformers reads it then
+        if "model" in contents and self.settings.get("add_prefix_space") is None:  # as in transformers
             scheme = self._prefix_scheme(contents)
         self.prefix = "never" if self.settings.get("add_prefix_space") is False else scheme
-
-        def cut(text):
-            """Split a text at added tokens: [text or id]."""
-            ids = {name: token["id"] for name, token in self.added.items() if name}
-            patterns = [r"\s*" * bool(self.added[name].get("lstrip")) + re.escape(name)
-                        + r"\s*" * bool(self.added[name].get("rstrip")) for name in sorted(ids, key=len, reverse=True)]
-            parts = enumerate(re.split(f"({'|'.join(patterns)})", text) if ids else [text])
-            return [ids.get(part, ids.get(part.strip())) if i % 2 else part for i, part in parts if part]
-        self._cut = cut
 
     def _read_tokenizer_json(self, contents, config):
         try:
@@ -978,14 +963,14 @@ class Tokenizer:
             try:
                 return tokenizers.Tokenizer.from_str(text)
             except Exception as error:  # the package raises plain Exception
-                raise UserError(f"{self.path}: not a tokenizer ({error}); restore the file") from None
+                raise UserError(f"{self.path}: not a tokenizer ({error}); copy the file again") from None
 
         tk = load(json.dumps(contents))
         bos = None if self.settings or self.named or config.bos_token_id == -1 else config.bos_token_id
         if bos is not None and bos not in range(tk.get_vocab_size()):
-            raise UserError(f"{self.folder}/config.json: bos_token_id {bos} is not in the vocabulary; correct it")
+            raise UserError(f"{self.folder}/config.json: bos_token_id {bos} is beyond the vocabulary; correct it")
         self.size = tk.get_vocab_size(with_added_tokens=True)
-        self._set_special(tk.token_to_id, {} if bos is None else {"bos_token": tk.id_to_token(bos)}, self.size)
+        self._set_special(tk.token_to_id, {} if bos is None else {"bos_token": tk.id_to_token(bos)})
         known = {token["content"] for token in contents.get("added_tokens") or [] if token.get("special")}
         flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
         for name, token in sorted(self.added.items(), key=lambda item: item[1]["id"]):
@@ -993,7 +978,7 @@ class Tokenizer:
                 tk.add_tokens([tokenizers.AddedToken(name, **{k: token[k] for k in flags if k in token})])
             self.added[name] = dict(token, id=tk.token_to_id(name))
         self.prefix = self._prefix_scheme(contents)
-        bare = tk if self.prefix == "never" else load(json.dumps(json.loads(tk.to_str(), object_hook=without_prefix)))
+        bare = tk if self.prefix == "never" else load(self._without_prefix(tk.to_str()))
         self._decode = lambda ids: tk.decode(ids, skip_special_tokens=False)
 
         def encode(text, prefix):
@@ -1002,19 +987,30 @@ class Tokenizer:
             return chosen.encode(text, add_special_tokens=False).ids
         self._encode = encode
 
-        def cut(text):
-            """Split a text at added tokens: [text or id]."""
-            tk.encode_special_tokens, start, parts = False, 0, []
-            found, added = tk.encode(text, add_special_tokens=False), {token["id"] for token in self.added.values()}
-            for i, (begin, end) in zip(found.ids, found.offsets, strict=True):
-                if i in added:
-                    parts, start = [*parts, text[start:begin], i], end
-            return [part for part in [*parts, text[start:]] if part != ""]
-        self._cut = cut
+    def _cut(self, text):
+        """Split a text at added tokens: [text or id]."""
+        ids = {name: token["id"] for name, token in self.added.items() if name}
+        longest_first = sorted(ids, key=len, reverse=True)
+        patterns = [r"\s*" * bool(self.added[name].get("lstrip")) + re.escape(name)
+                    + r"\s*" * bool(self.added[name].get("rstrip")) for name in longest_first]
+        parts = enumerate(re.split(f"({'|'.join(patterns)})", text) if ids else [text])
+        return [ids.get(part, ids.get(part.strip())) if i % 2 else part for i, part in parts if part]
+
+    @staticmethod
+    def _without_prefix(contents):
+        """A tokenizer.json, changed to put no space before a text."""
+        def change(settings):
+            return {key: off.get(key, value) for key, value in settings.items()}
+
+        off = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
+        contents = json.loads(contents)
+        for part in ("normalizer", "pre_tokenizer"):  # not the vocabulary: it may contain "prepend"
+            contents[part] = json.loads(json.dumps(contents[part]), object_hook=change)
+        return json.dumps(contents)
 
     @staticmethod
     def _prefix_scheme(contents):
-        """Which texts a tokenizer.json puts a space before: always, first (at a prompt's start) or never."""
+        """When a tokenizer.json puts a space before a text: always, first (at a prompt's start) or never."""
         text = json.dumps([contents.get("normalizer"), contents.get("pre_tokenizer")])
         if '"prepend_scheme": "first"' in text:
             return "first"
@@ -1024,7 +1020,7 @@ class Tokenizer:
     # ---- the chat template
 
     def _chat_template(self):
-        """The folder's chat template: chat_template.jinja, or that of tokenizer_config.json; None if absent."""
+        """The chat template of chat_template.jinja, else of tokenizer_config.json, else None."""
         if (self.folder / "chat_template.jinja").exists():
             return read_text(self.folder / "chat_template.jinja")
         template = self.settings.get("chat_template")
@@ -1035,7 +1031,7 @@ class Tokenizer:
         return template
 
     def _choose_template(self):
-        """The name of the checkpoint's template: its own, or the one that its special tokens tell."""
+        """The name of the checkpoint's template: its own, or the paper's with the same special tokens."""
         by_tokens = next((name for name, template in TEMPLATES.items()
                           if template.special and self.added.keys() >= set(template.special)), None)
         if self._source and not (by_tokens and is_papers_checkpoint(self.folder)):
@@ -1044,52 +1040,49 @@ class Tokenizer:
             self.notice = f"{self.folder}: no chat template, using plain (--template names another)"
         return by_tokens or "plain"
 
-    def _own_template(self):
-        """render(words, answer=None) of the checkpoint's own chat template."""
-        def render(words, answer=None):
-            messages = [{"role": "user", "content": words}]
-            if answer is not None:
-                messages.append({"role": "assistant", "content": answer})
-            return compiled.render(messages=messages, add_generation_prompt=answer is None, tools=None,
-                                   documents=None, **{key: text for key, text in self.named.items() if text})
-
-        if not self._source:
-            raise UserError(f"{self.folder}: has no chat template of its own; give --template NAME")
-        try:
-            self.jinja = freeze(self._source)
-            compiled = compile_jinja(self.jinja)
-            render(WORDS, ANSWER)
-        except Exception as error:  # a template can raise anything
-            raise UserError(f"{self.folder}: its chat template fails ({error}); correct it, or give --template "
-                            "NAME") from None
-        return render
-
-    def _papers_template(self):
-        """render(words, answer=None) of one of TEMPLATES."""
+    def _jinja(self):
+        """Source of the chat template in use."""
+        if self.template == "own":
+            if not self._source:
+                raise UserError(f"{self.folder}: has no chat template of its own; give --template NAME")
+            return freeze(self._source)
         template = TEMPLATES[self.template]
         for name in template.special:
             if name not in self.added:
-                raise UserError(f"{self.path}: lacks {name} of the template {self.template}; give another --template")
+                raise UserError(f"{self.path}: lacks {name} of the template {self.template}; give another "
+                                "--template")
         start, bos, (before, after) = template.system, self._text_of(self.bos), template.turn.split("{x}")
         if bos and self.settings.get("add_bos_token") is not False and not (start + before).startswith(bos):
             start = bos + start  # SmolLM2's BOS is the <|im_start|> that the template begins with
         end = template.end_of_turn or self._text_of(self.eos)
-        self.jinja = JINJA
-        for name, text in {"START": start, "BEFORE": before, "AFTER": after, "END": end}.items():
-            self.jinja = self.jinja.replace(name, json.dumps(text, ensure_ascii=False))
-        return lambda words, answer=None: start + before + words + after + ("" if answer is None else answer + end)
+        texts = {"START": start, "BEFORE": before, "AFTER": after, "END": end}
+        return re.sub("|".join(texts), lambda match: json.dumps(texts[match[0]], ensure_ascii=False), JINJA)
 
     def _text_of(self, i):
         return next((text for text, token in self.added.items() if token["id"] == i), "")
 
-    def _compile(self, render, config):
+    def _set_template(self, config):
         """Render the template once, around placeholders, and cut it at special tokens."""
-        prompt, dialogue = render(WORDS), render(WORDS, ANSWER)
+        self.jinja = self._jinja()
+
+        def render(words, answer=None):
+            messages = [{"role": "user", "content": words}, {"role": "assistant", "content": answer}]
+            return compiled.render(messages=messages[:1 if answer is None else 2], tools=None, documents=None,
+                                   add_generation_prompt=answer is None,
+                                   **{key: text for key, text in self.named.items() if text})
+
+        try:
+            compiled = compile_jinja(self.jinja)
+            prompt, dialogue = render(WORDS), render(WORDS, ANSWER)
+        except Exception as error:  # a template can raise anything
+            raise UserError(f"{self.folder}: its chat template fails ({error}); correct it, or give "
+                            "--template NAME") from None
         if prompt.count(WORDS) != 1:
-            raise UserError(f"{self.folder}: its chat template has the prompt {prompt.count(WORDS)} times; give "
-                            "--template NAME")
+            raise UserError(f"{self.folder}: its chat template contains the prompt {prompt.count(WORDS)} "
+                            "times; give --template NAME")
         before, _, after = dialogue.rpartition(ANSWER)
-        between = before[len(prompt):] if before.startswith(prompt) else ""  # not so for thinking templates
+        # Thinking templates render an old answer without the block that the prompt ends with.
+        between = before[len(prompt):] if before.startswith(prompt) else ""
         parts, answer_parts = self._cut(prompt), self._cut(between + ANSWER + after)
         used = {part for part in (*parts, *answer_parts) if isinstance(part, int)}
         self.control = {text: token["id"] for text, token in self.added.items()
@@ -1099,27 +1092,28 @@ class Tokenizer:
                   and text != self.named.get("pad_token") and "may_lack_embedding" not in token]
         needed = max([self.size, *(i + 1 for i in (*used, *listed))])
         if needed > config.vocab_size:
-            raise UserError(f"{self.path}: has {needed} tokens, the model {config.vocab_size}; one is of another model")
-        # What a text would become if it spelled a control token: its first character, and the rest.
+            raise UserError(f"{self.path}: has {needed} tokens, the model {config.vocab_size}; they do not "
+                            "belong together")
+        # The ids of a text that spells a control token: its first character and the rest, encoded apart.
         self._spelled = {i: self._encode(text[:1], False) + self._encode(text[1:], False)
                          for text, i in self.control.items() if i in self._encode(text, False)}
 
         strip = [render(" " + WORDS) == prompt, render(WORDS + " ") == prompt]
         self._prompt = self._turn(parts, WORDS, strip, prefix=True)
-        # The paper's code encodes an answer apart; otherwise it goes on where the prompt ends.
+        # The paper's code encodes an answer as a new text; otherwise it continues the prompt.
         apart = self.template != "own" or (self.prefix == "always" and isinstance(parts[-1], int))
         strip = [render(WORDS, " " + ANSWER) == dialogue, render(WORDS, ANSWER + " ") == dialogue]
         self._answer = self._turn(answer_parts, ANSWER, strip, prefix=apart)
         # The end of turn: the first special token after the answer, else EOS.
         has_end = self._answer.after and not self._answer.right.strip()
         if not has_end and self.eos is None:
-            raise UserError(f"{self.folder}: no EOS token in any of its files; add eos_token_id to config.json")
+            raise UserError(f"{self.folder}: no file has an EOS token; add eos_token_id to config.json")
         self._answer = self._answer._replace(after=self._answer.after[:1] if has_end else [self.eos],
                                              right=self._answer.right if has_end else "")
         self.end_of_turn = self._answer.after[0]
         self.stop = {self.end_of_turn, *self._listed} | ({self.eos} - {None})
 
-        # The connection position, where the assistant's turn begins.
+        # The connection position, at the start of the assistant's turn.
         after, start = self._prompt.after, self.control.get("<|im_start|>")
         self.connection_index = -1
         if start in after[:-1]:
@@ -1128,12 +1122,13 @@ class Tokenizer:
             self.connection_index = -2
 
     def _turn(self, parts, placeholder, strip, prefix):
-        """The Turn of parts (ids and texts); prefix: a text at the start gets the tokenizer's space."""
+        """The Turn of parts (ids and texts). prefix: a text at the start gets the tokenizer's space."""
         at = next(n for n, part in enumerate(parts) if isinstance(part, str) and placeholder in part)
         prefixes = [prefix, *[self.prefix == "always"] * len(parts)]
         encoded = [[part] if isinstance(part, int) else self.encode(part, spaced)
                    for part, spaced in zip(parts, prefixes, strict=False)]
-        before, after, (left, right) = sum(encoded[:at], []), sum(encoded[at + 1:], []), parts[at].split(placeholder)
+        before, after = sum(encoded[:at], []), sum(encoded[at + 1:], [])
+        left, right = parts[at].split(placeholder)
         flags = {token["id"]: token for token in self.added.values()}
         strip[0] |= not left and before != [] and flags[before[-1]].get("rstrip", False)
         strip[1] |= not right and after != [] and flags[after[0]].get("lstrip", False)
@@ -1142,7 +1137,7 @@ class Tokenizer:
     # ---- prompts and answers
 
     def encode(self, text, prefix=True):
-        """Ids of a text, none of them a control token; prefix: the tokenizer may put a space before it."""
+        """Ids of a text, none of them a control token. prefix: the tokenizer may put a space before it."""
         with no_panic(self.path):
             return [j for i in self._encode(text, prefix) for j in self._spelled.get(i, [i])]
 
@@ -1152,9 +1147,9 @@ class Tokenizer:
         return [*turn.before, *self.encode(turn.left + words + turn.right, turn.prefix), *turn.after]
 
     def prompt(self, text):
-        """Ids of a prompt in the chat template. The text never becomes a control token, whatever it spells."""
+        """Ids of a prompt in the chat template. No part of the text becomes a control token."""
         if not (ids := self._fill(self._prompt, text)):
-            raise UserError(f"{self.path}: has no tokens for the prompt {text[:20]!r}; give another --template")
+            raise UserError(f"{self.path}: no tokens for the prompt {text[:20]!r}; give another --template")
         return ids
 
     def answer(self, text):
@@ -1168,9 +1163,9 @@ class Tokenizer:
         return text.removeprefix(self._answer.left)
 
     def save(self, folder):
-        """Write into a checkpoint folder the chat template and end of turn that were trained with.
+        """Write the chat template and end of turn into a checkpoint folder.
 
-        transformers and vLLM then build the same prompts and stop where the model does.
+        transformers and vLLM then build the same prompts and stop at the same token.
         """
         names = {"bos_token": self.bos, "eos_token": self.eos}
         settings = dict(self.settings) or {key: self._text_of(i) for key, i in names.items() if i is not None}
@@ -1179,19 +1174,20 @@ class Tokenizer:
         settings["chat_template"] = self.jinja
         write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False))
         eos = [self.end_of_turn, *sorted(self.stop - {self.end_of_turn})]
-        write_text(folder / "generation_config.json", json.dumps({**self.generation, "eos_token_id": eos}, indent=2))
-        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would win over tokenizer_config.json
+        generation = {**self.generation, "eos_token_id": eos}
+        write_text(folder / "generation_config.json", json.dumps(generation, indent=2))
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would have precedence
 
 
 # -------------------------------------------------------------------------------- users' input and files
 
 def run_script(main):
-    """Call main(). An error that the user can correct becomes one line on stderr and exit code 2.
+    """Call main(). A UserError or OSError becomes one line on stderr and exit code 2.
 
-    A closed stream is replaced by the null device; characters that a terminal cannot show are escaped; if the reader
-    of stdout has gone (`| head`), the script ends quietly.
+    A closed stream is replaced by the null device. Characters that the terminal cannot show are escaped. If
+    the reader of stdout has gone (`| head`), the script ends quietly.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their file descriptors
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in file descriptor order
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
@@ -1209,13 +1205,13 @@ def run_script(main):
     except (UserError, OSError) as error:
         if (message := error_line(error)) is None:
             raise
-        if local_rank == 0:  # every rank has the same to say
+        if local_rank == 0:  # once per machine: all ranks have the same error
             print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 def error_line(error):
-    """A UserError or OSError as one line: the file, what is wrong, what to do. None: no file is concerned."""
+    """A UserError or OSError as one line: the file, what is wrong, what to do. None: not about a file."""
     message = str(error)
     if isinstance(error, OSError):
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -1228,29 +1224,29 @@ def error_line(error):
 
 
 def printable(text):
-    """The text with control characters escaped: a file name may contain some, and a terminal obeys them."""
+    """Escape control characters: a file name may contain some, and a terminal would obey them."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 def silence(stream):
-    """Discard what is printed from now on, and what is still buffered."""
+    """Discard buffered and later output of the stream."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def process_ranks():
-    """(rank, number of processes, the same two on this machine), as torchrun sets them."""
+    """(rank, world size, local rank, local world size), as torchrun sets them."""
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     values = [os.environ.get(name, default) for name, default in names.items()]
     ranks = [int(value) if value.isdecimal() else -1 for value in values]
     needed = {"RANK", "MASTER_ADDR", "MASTER_PORT"} if ranks[1] > 1 else set()
     if min(ranks) < 0 or ranks[0] >= ranks[1] or needed - os.environ.keys():
-        raise UserError(f"{', '.join(names)}: are {', '.join(values)}; start several processes with torchrun, or "
-                        "unset these variables")
+        raise UserError(f"{', '.join(names)}: are {', '.join(values)}; start several processes with "
+                        "torchrun, or unset these variables")
     return ranks
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """--help: the script's docstring as it is, and each option's default unless its text says it."""
+    """--help with the script's docstring as it is, and each option's default unless its text names one."""
 
     def _get_help_string(self, action):
         unset = any(action.default is value for value in (None, False, argparse.SUPPRESS))
@@ -1263,7 +1259,7 @@ def choose_device():
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if max(processes, local_rank + 1) > count:
-        raise UserError(f"--nproc_per_node: {processes} processes for {count} GPUs; start at most one for each")
+        raise UserError(f"--nproc_per_node: {processes} processes for {count} GPUs; start one for each")
     # cuDNN's attention, the first choice on Hopper and Blackwell, builds a plan for each new shape, in up to
     # a second: for every length in training, and for nearly every token in decoding.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1282,9 +1278,9 @@ def at_least(low, kind=int):
     return number
 
 
-CONVERT = ('expected JSON lines of "instruction", "instruction_en" and "output"; data/README.md has a converter for '
-           "CSV and Aya")
-FOREIGN = {"messages": "a dialogue", "conversations": "a dialogue", "inputs": "Aya's format", "targets": "Aya's format"}
+CONVERT = ('expected JSON lines of "instruction", "instruction_en" and "output"; data/README.md has a '
+           "converter for CSV and Aya")
+FOREIGN = ("messages", "conversations", "inputs", "targets")  # keys of dialogues and of Aya
 
 
 def read_text(path):
@@ -1298,12 +1294,12 @@ def read_text(path):
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
 
 
-def parse_json(text, path, line=1, expected="restore the file"):
-    """The JSON value of a text that starts at this line of a file. Refuses duplicate keys."""
+def parse_json(text, path, line=1, expected="copy the file again"):
+    """Parse a text that starts at this line of a file. Raises UserError, also for duplicate keys."""
     def no_duplicates(pairs):
         keys = [key for key, _ in pairs]
         if len(set(keys)) < len(keys):
-            raise ValueError(f"the key {max(keys, key=keys.count)!r} stands twice in an object")
+            raise ValueError(f"the key {max(keys, key=keys.count)!r} occurs twice")
         return dict(pairs)
 
     try:
@@ -1316,15 +1312,15 @@ def parse_json(text, path, line=1, expected="restore the file"):
 def read_json(path):
     """The JSON object in a file."""
     if Path(path).exists() and not Path(path).is_file():
-        raise UserError(f"{path}: not a regular file; restore it")  # reading a pipe could wait for ever
+        raise UserError(f"{path}: not a regular file; copy the file again")  # a pipe could block
     value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object; restore the file")
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object; copy the file again")
     return value
 
 
 def read_json_lines(path, text=None):
-    """[("file:line", value)] of a file with one JSON value per line. text: the file's, if it has been read."""
+    """[("file:line", value)] of a file with one JSON value per line. text: its text, if already read."""
     text = read_text(path) if text is None else text
     lines = enumerate(text.split("\n"), 1)  # not splitlines(): a JSON string may hold U+2028
     values = [(f"{path}:{n}", parse_json(line, path, n, "expected one JSON value per line"))
@@ -1341,7 +1337,7 @@ class Record(NamedTuple):
     answer: str | list | None  # of a training sample; the gold answers of a benchmark item
     lang: str | None
     where: str                 # "file:line", for error messages
-    fields: dict               # the JSON object as it was read
+    fields: dict               # the JSON object
 
     @classmethod
     def parse(cls, fields, where, required=("instruction",)):
@@ -1350,10 +1346,10 @@ class Record(NamedTuple):
         Alpaca's "input" is appended to the instruction, and to an instruction_en that repeats it.
         """
         if not isinstance(fields, dict):
-            raise UserError(f'{where}: holds a JSON {type(fields).__name__}, expected an object with "instruction"; '
+            raise UserError(f'{where}: {type(fields).__name__}, expected an object with "instruction"; '
                             "correct it")
         if known := [key for key in FOREIGN if key in fields and "instruction" not in fields]:
-            raise UserError(f'{where}: has "{known[0]}", {FOREIGN[known[0]]}; {CONVERT}')
+            raise UserError(f'{where}: has "{known[0]}" and no "instruction"; {CONVERT}')
         keys = ("instruction", "instruction_en", "output", "lang", "input")
         own, english, answer, lang, more = (text_field(fields, key, where, key in required) for key in keys)
         prompt = f"{own}\n{more}" if more and more.strip() else own
@@ -1388,14 +1384,14 @@ def text_field(fields, key, where, required):
     elif required and not value.strip():
         problem = "empty"
     elif re.search("[\ud800-\udfff]", value):
-        problem = "no valid text: it has half of a surrogate pair"
+        problem = "not valid text: it contains an unpaired surrogate"
     if problem:
         raise UserError(f'{where}: "{key}" is {problem}; correct or remove it')
     return value
 
 
 def relative(path):
-    """The path relative to the working directory; as it is, if that is on another drive."""
+    """The path relative to the working directory, or unchanged if that is on another drive."""
     try:
         return os.path.relpath(path)
     except (OSError, ValueError):
@@ -1403,18 +1399,18 @@ def relative(path):
 
 
 def check_writable(path):
-    """Refuse, before any work is done, a folder that cannot be made or written."""
+    """Raise UserError if the folder cannot be made or written."""
     existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.is_symlink() or p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"{path}: cannot be written, {existing} is not a writable directory; choose another place")
+        raise UserError(f"{path}: {existing} is not a writable directory; choose another place")
 
 
 def write_text(path, text):
-    """Write a text file, whole or not at all.
+    """Write a text file atomically.
 
-    A link is followed, the mode of an existing file kept; a device or pipe is written to directly.
+    Follows a link, keeps the mode of an existing file, writes directly to a device or pipe.
     """
-    content = text.encode(errors="backslashreplace")  # for halves of surrogate pairs
+    content = text.encode(errors="backslashreplace")  # for unpaired surrogates
     if Path(path).exists() and not Path(path).is_file():
         return Path(path).write_bytes(content)
     target = Path(os.path.realpath(path))
