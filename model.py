@@ -663,7 +663,7 @@ def is_ours(out):
     for path in [*(out / name for name in (*files, *folders)), *out.glob(SHARDS)]:
         fits = path.is_dir() and not path.is_symlink() if path.name in folders else path.is_file()
         if (path.is_symlink() or path.exists()) and not (ours and fits):
-            raise UserError(f"{path}: would be replaced, but was not written by train.py; give another --out")
+            raise UserError(f"{path}: was not written by train.py and would be replaced; give another --out")
     if (out / "model.safetensors").exists():
         raise UserError(f"{out}/model.safetensors: would be loaded instead of the result; give another --out")
     return ours
@@ -904,8 +904,8 @@ class Tokenizer:
         A named token missing from the vocabulary gets the next id after it, as in transformers.
         """
         self.named = {**defaults, **self.named}
-        first = [self.named.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-        for text in filter(None, [*first, *self._extra]):
+        names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+        for text in filter(None, [*map(self.named.get, names), *self._extra]):
             if text not in self.added and id_of(text) is None:
                 following = max([self.size, *(token["id"] + 1 for token in self.added.values())])
                 self.added[text] = {"id": following, "may_lack_embedding": True}
@@ -919,8 +919,8 @@ class Tokenizer:
         listed = self.generation.get("eos_token_id")
         listed = [*(listed if isinstance(listed, list) else [listed]), *config.eos_token_ids]
         if not all(i is None or isinstance(i, int) for i in listed):
-            raise UserError(f"{self.folder}/generation_config.json: eos_token_id is {listed!r}; copy the file "
-                            "again")
+            raise UserError(f"{self.folder}/generation_config.json: eos_token_id is {listed!r}; copy the "
+                            "file again")
         self._listed = [i for i in listed if i is not None and 0 <= i < config.vocab_size]
         self.eos = self._listed[0] if self.eos is None and self._listed else self.eos
 
@@ -968,7 +968,7 @@ class Tokenizer:
         tk = load(json.dumps(contents))
         bos = None if self.settings or self.named or config.bos_token_id == -1 else config.bos_token_id
         if bos is not None and bos not in range(tk.get_vocab_size()):
-            raise UserError(f"{self.folder}/config.json: bos_token_id {bos} is beyond the vocabulary; correct it")
+            raise UserError(f"{self.folder}/config.json: bos_token_id is beyond the vocabulary; correct it")
         self.size = tk.get_vocab_size(with_added_tokens=True)
         self._set_special(tk.token_to_id, {} if bos is None else {"bos_token": tk.id_to_token(bos)})
         known = {token["content"] for token in contents.get("added_tokens") or [] if token.get("special")}
