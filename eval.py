@@ -258,22 +258,20 @@ def answer_tokens(text, lang):
 
 
 def plain_numbers(text, lang):
-    """The text with each number as sign, digits and decimal point: no thousands marks, no ".0" at the end."""
-    thousands, point = ",", "."
-    if lang in LANGUAGE_TABLES["decimal_comma"]["languages"].split():
-        thousands, point = ".", ","
+    """The text with each number as sign, digits and decimal point: no thousands marks, no ".0" at the end.
+
+    Languages with a decimal comma may also use a decimal point.
+    """
+    comma = lang in LANGUAGE_TABLES["decimal_comma"]["languages"].split()
+    thousands, point = ("[. ]", "[.,]") if comma else (",", "[.]")
+    number = (rf"((?<!\S)[-−])?(?<!\d)(?<!\d[.,])([1-9]\d{{0,2}}(?:{thousands}\d{{3}})+|\d+)"
+              rf"(?:{point}(\d+))?(?![.,]?\d)")  # sign, whole part, decimals; not 1.2.3
 
     def plain(match):
-        sign, number = MINUS * bool(match[1]), match[2]
-        if re.fullmatch(rf"[1-9]\d{{0,2}}(?:(\{thousands}\d{{3}})+(\{point}\d+)?|( \d{{3}})+)", number):
-            number = number.replace(thousands, "").replace(" ", "")
-        whole, _, decimals = number.replace(point, ".").partition(".")
-        if not (whole + decimals).isdecimal():
-            return sign + number
-        return sign + whole + (POINT + decimals if decimals.strip("0") else "")
+        sign, whole, decimals = match.groups("")
+        return MINUS * bool(sign) + re.sub(r"\D", "", whole) + (decimals.strip("0") and POINT + decimals)
 
-    spaced = r"(?<!\d)[1-9]\d{0,2}(?: \d{3})+(?!\d)|" if point == "," else ""
-    return re.sub(rf"((?<!\S)[-−])?({spaced}\d+(?:[.,]\d+)*)", plain, normalize_text(text))
+    return re.sub(number, plain, normalize_text(text))
 
 
 def iso_dates(text, lang):
@@ -310,30 +308,17 @@ def unreachable(golds, lang):
                or g.casefold() in ("yes", "no") and lang not in LANGUAGE_TABLES["yes_no"] for g in golds)
 
 
-def same_words(found, gold, lang):
-    """Are the tokens those of the gold, but for particles attached to the first (ar) or last (ko, tr, ru)?"""
-    particles, last = LANGUAGE_TABLES["particles"].get(lang, ""), gold[-1]
-    if found == gold:
-        return True
-    if not particles or any(c.isdecimal() for c in last) or found[1:-1] != gold[1:-1]:
-        return False
-    if lang == "ar":
-        first, rest = gold[0], found[0][1:]
-        if found[1:] != gold[1:] or len(first) < 3 or found[0][0] not in particles.split():
-            return False
-        return first in (rest, rest.removeprefix("ال"), rest.removeprefix("ل"))
-    tails = particles if lang == "ru" else "|".join(particles.split())
-    shortest = 3 if lang == "ru" else 2
-    return (found[:-1] == gold[:-1] and len(last) >= shortest and found[-1].startswith(last)
-            and bool(re.fullmatch(tails, found[-1][len(last):])))
-
-
 def is_contained(answer, gold, lang):
-    """Do the gold's words stand in the answer, side by side? Apostrophes may separate a word's endings."""
-    for split in (str, lambda text: re.sub("['’ʼ`]", " ", text)):
-        found, words = answer_tokens(split(answer), lang), answer_tokens(split(gold), lang)
-        if words and any(same_words(found[i:i + len(words)], words, lang)
-                         for i in range(len(found) - len(words) + 1)):
+    """Do the gold's words stand in the answer, side by side?
+
+    The first may have an attached particle before it (ar), the last one after it (ko, tr, ru); not at digits
+    or words of one or two letters (ko, tr: of one). Apostrophes may separate a word's endings.
+    """
+    before, after = (LANGUAGE_TABLES["particles"][side].get(lang, "") for side in ("before", "after"))
+    for apostrophe in ("(?!)", "['’ʼ`]"):
+        found, words = (answer_tokens(re.sub(apostrophe, " ", text), lang) for text in (answer, gold))
+        key = rf"(?:(?:{before})(?=[^\d\s]{{3}}))?{re.escape(' '.join(words))}(?:(?<=[^\d\s]{{2}})(?:{after}))?"
+        if words and re.search(rf"(?<!\S){key}(?!\S)", " ".join(found)):
             return True
     return False
 
@@ -396,7 +381,7 @@ CUE = "|".join(map(re.escape, CHOICE["answer"]))
 OR = rf"[\W_]*(?:{'|'.join(sorted(map(re.escape, CHOICE['or']), key=len, reverse=True))})[\W_]*"
 BECAUSE = "|".join(rf"\b{word}\b" if word.isascii() else word for word in CHOICE["because"])
 NOT = rf"(?:^|\W)(?:{'|'.join(map(re.escape, CHOICE['not']))})\s+(?:\w+\s+)?[^\w\s]*$"
-ELISION = rf"['’](?!(?:{'|'.join(LANGUAGE_TABLES['particles']['tr'].split())})(?!\w))"  # C'est, and not C'dir
+ELISION = rf"['’](?!(?:{LANGUAGE_TABLES['particles']['after']['tr']})(?!\w))"  # C'est, and not C'dir
 LETTERS = {local: letter for letter, others in CHOICE["letters"].items() for local in others.split()}
 
 
