@@ -2,41 +2,43 @@
 
     python eval.py                                            # held-out questions of the embedded default
     python eval.py --model DIR [DIR ...] --data BENCHMARKS [--tasks XNLI,MMMLU] [--langs sw,hi] [--limit 50]
-    python eval.py ... --connection matrix english none       # each of the three, side by side
+    python eval.py ... --connection matrix english none       # the three connections side by side
     python eval.py ... --rescore                              # score the answers in --out, without a model
     torchrun --nproc_per_node 8 eval.py ...                   # same answers, prompts spread over 8 processes
 
-BENCHMARKS has the layout of the paper's repository: TASK/split or split_sample/LANG.json with the prompts and
-TASK/ans or ans_sample/LANG.json with the gold answers, a JSON value per line. The English version of a
-prompt is the same line of the task's en.json, or of split_en/LANG.json (split_sample_en/LANG.json) if the
-task has it.
+BENCHMARKS has the layout of the paper's repository: TASK/split/LANG.json with the prompts and
+TASK/ans/LANG.json with the gold answers (or split_sample and ans_sample), a JSON value per line. The English
+version of a prompt is the same line of split_en/LANG.json (split_sample_en), or else of the task's en.json.
 
-    task                    score, 0 to 100
-    XNLI XStoryCloze MMMLU  accuracy: the option that the answer names is the gold one; beside it likelihood:
-                            the option whose texts ("B", "(B) text", "text") are the most likely answers is
-    XQuAD MKQA              contained: the answer contains a gold one; beside it exact match and token F1
+    task                    main metric, 0 to 100               also reported
+    XNLI XStoryCloze MMMLU  accuracy of the option named        likelihood: the option whose texts ("B",
+                            by the answer                       "(B) text", "text") are the likeliest answers
+    XQuAD MKQA              contained: a gold answer stands     exact match, token F1
+                            in the answer
     XLSum                   ROUGE-L
-    any other               exact match; beside it contained and token F1
+    any other               exact match                         contained, token F1
 
-Scores have 95 % intervals: Wilson's where an item counts 0 or 1, else from a bootstrap. Means weigh
-languages alike, and the overall mean tasks alike. Each further model or connection is compared with the
-first on the same items by a paired sign-flip permutation test. What has not changed is not answered again.
+95 % intervals: Wilson's for items scored 0 or 1, bootstrap for the rest. Means are unweighted over languages,
+then over tasks. Other columns are compared with the first by a paired sign-flip permutation test on the same
+items. Answers are reused while prompts, model and settings stay the same.
 """
 import argparse
-import importlib.util
 import json
 import math
 import platform
 import re
+import runpy
 import string
 import subprocess
 import sys
 import time
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -49,12 +51,11 @@ from model import (CCTUNING_FILE, DATA, TOKENIZER_FILES, Config, Help, Tokenizer
 from train import Dist, digest
 
 OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # other tasks are answered freely
-METRICS = {**dict.fromkeys(OPTIONS, ("accuracy",)), "XLSum": ("rouge_l",),
-           **dict.fromkeys(("XQuAD", "MKQA"), ("contained", "exact", "f1"))}
-DEFAULT_METRICS = ("exact", "contained", "f1")  # the first is the task's score
-MAX_NEW_TOKENS = {"XLSum": 128, **dict.fromkeys(OPTIONS, 24)}  # 32 tokens cut a summary in most languages
-OTHER_NEW_TOKENS = 32
-LIKELIHOOD = ", likelihood"  # of a task's rows by its second metric
+METRICS = defaultdict(lambda: ("exact", "contained", "f1"), {  # of each task, its main metric first
+    **dict.fromkeys(OPTIONS, ("accuracy",)), "XLSum": ("rouge_l",),
+    **dict.fromkeys(("XQuAD", "MKQA"), ("contained", "exact", "f1"))})
+MAX_NEW_TOKENS = defaultdict(lambda: 32, XLSum=128, **dict.fromkeys(OPTIONS, 24))  # 32 cut most summaries
+LIKELIHOOD = ", likelihood"  # added to a task's name in the rows of this metric
 RESAMPLES, PERMUTATIONS = 1000, 10000
 HERE = Path(__file__).resolve().parent
 LANGUAGE_TABLES = read_json(HERE / "data" / "languages.json")
@@ -71,7 +72,7 @@ def parse_args(argv=None):
     add("--limit", type=at_least(1), metavar="N", help="only the first N items of each language")
     add("--out", default="out/eval", metavar="DIR", help="folder for results.json, results.md and answers")
     add("--plot", metavar="DIR", help="folder for scores.png, layers.png and loss.png (needs matplotlib)")
-    add("--again", action="store_true", help="answer again what --out has answers to")
+    add("--again", action="store_true", help="generate all answers again, also those in --out")
     add("--rescore", action="store_true", help="score the answers in --out; no model is loaded")
     add_engine_options(parser, connections="+")
     return parser.parse_args(argv)
@@ -80,59 +81,52 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- benchmarks
 
 def task_folder(task, kind):
-    """The folder of a task's prompts (kind "split") or gold answers ("ans"), whole or sampled; or None."""
-    return next((task / name for name in (kind, f"{kind}_sample") if (task / name).is_dir()), None)
+    """The folder of a task's prompts (kind "split") or gold answers ("ans"), complete or sampled."""
+    return next((task / name for name in (kind, f"{kind}_sample") if (task / name).is_dir()), task / kind)
 
 
-def names(text, option, known, where):
-    """The comma-separated names that an option lists; all known ones if it is not given."""
-    found = text.split(",") if text else known
-    for i, name in enumerate(found):
+def select(option, text, known, where):
+    """The comma-separated names given to an option, which must be known; all known ones if none are given."""
+    if not known:
+        raise UserError(f"{where}: no benchmark found; expected TASK/split/LANG.json or split_sample")
+    names = text.split(",") if text else known
+    for i, name in enumerate(names):
         if name not in known:
-            raise UserError(f"{option}: unknown name {name!r}; {where} has {', '.join(known) or 'none'}")
-        if name in found[:i]:
+            raise UserError(f"{option}: unknown name {name!r}; {where} has {', '.join(known)}")
+        if name in names[:i]:
             raise UserError(f"{option}: {name} is named twice; name it once")
-    return found
+    return names
 
 
 def find_tasks(data, tasks, langs):
-    """[(task, language)] to run, from comma-separated names; None: all that is there."""
+    """[(task, language)] to run. tasks, langs: comma-separated names, or None for all."""
     data = Path(data)
-    paths = data.iterdir() if data.is_dir() else []
-    known = sorted(path.name for path in paths if task_folder(path, "split"))
-    if not known:
-        raise UserError(f"{data}: has no folder TASK/split or TASK/split_sample; give a benchmarks folder")
-    found = []
-    for name in names(tasks, "--tasks", known, data):
-        if task_folder(data / name, "ans") is None:
-            raise UserError(f"{data / name}: has no folder ans or ans_sample; get the whole benchmark")
-        folder = task_folder(data / name, "split")
-        has = sorted(path.stem for path in folder.glob("*.json"))
-        if not has:
-            raise UserError(f"{folder}: has no LANG.json; get the whole benchmark")
-        found += [(name, lang) for lang in names(langs, "--langs", has, name)]
-    return found
+    folders = {path.name: task_folder(path, "split") for path in sorted(data.glob("*"))}
+    known = [name for name, folder in folders.items() if folder.is_dir()]
+    return [(name, lang) for name in select("--tasks", tasks, known, data)
+            for lang in select("--langs", langs, sorted(path.stem for path in folders[name].glob("*.json")),
+                               folders[name])]
 
 
 def read_task(data, name, lang, limit):
     """The Records of a task in a language; `answer` is the list of gold answers."""
     task = Path(data) / name
-    prompts = task_folder(task, "split")
-    english_folder = prompts.with_name(prompts.name + "_en")
-    english = english_folder / f"{lang}.json" if english_folder.is_dir() else prompts / "en.json"
-    own, golds = prompts / f"{lang}.json", task_folder(task, "ans") / f"{lang}.json"
+    own, golds = (task_folder(task, kind) / f"{lang}.json" for kind in ("split", "ans"))
+    english = own.parent.with_name(own.parent.name + "_en") / own.name
+    if not english.parent.is_dir():
+        english = own.with_name("en.json")
     records, gold_values = read_records(own), read_json_lines(golds)
-    versions = read_records(english) if english.exists() or english_folder.is_dir() else [None] * len(records)
+    versions = read_records(english) if english.exists() else [None] * len(records)
     for file, found in ((golds, gold_values), (english, versions)):
         if len(found) != len(records):
-            raise UserError(f"{file}: has {len(found)} items, {own} {len(records)}; get the whole benchmark")
+            raise UserError(f"{file}: has {len(found)} items, but {own} has {len(records)}; copy both files again")
     items, options = [], OPTIONS.get(name)
     for record, version, (where, value) in list(zip(records, versions, gold_values, strict=True))[:limit]:
         gold = value if isinstance(value, list) else [value]  # one answer, or all that are right
         valid = all(isinstance(g, str) and g.strip() and (not options or g in [*options]) for g in gold)
         if not gold or not valid:
             expected = "one of " + ", ".join(options) if options else "a text or a list of texts"
-            raise UserError(f"{where}: gold answer is {value!r}, expected {expected}; restore the file")
+            raise UserError(f"{where}: gold answer is {value!r}, expected {expected}; correct the file")
         items.append(record._replace(english=version and version.prompt, answer=gold))
     return items
 
@@ -178,15 +172,6 @@ def encode(engine, task, items, max_new_tokens):
     return prompts, shortened
 
 
-def answer(engine, args, prompts, max_new_tokens, dist, title):
-    """The Answers to a task's prompts, each process giving some; the same list on all."""
-    with tqdm(total=math.ceil(len(prompts) / dist.world_size), desc=title, leave=False,
-              disable=dist.rank > 0 or None) as progress:
-        answers = engine.answer_all(prompts, args.batch_size, max_new_tokens, progress=progress,
-                                    rank=dist.rank, world_size=dist.world_size)
-    return [next(answer for answer in given if answer) for given in zip(*dist.gather(answers), strict=True)]
-
-
 def model_digest(folder):
     """A hash of a checkpoint folder: small files by content, weight files by name, size and time."""
     small = [Path(folder) / name for name in ("config.json", *TOKENIZER_FILES, CCTUNING_FILE)]
@@ -196,18 +181,23 @@ def model_digest(folder):
 
 
 def give_answers(engine, model, path, task, items, args, dist):
-    """The answers to a task in one language, from the file at `path` if the same ones are there: its rows.
+    """The rows of OUT/answers for a task in one language; those of the file at `path` if nothing has changed.
 
-    model: the digest of its folder.
+    model: the digest of its folder. Several processes share the prompts; all get the same rows.
     """
-    max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS.get(task, OTHER_NEW_TOKENS)
+    max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS[task]
     prompts, shortened = encode(engine, task, items, max_new_tokens)
     texts, ids = [item.prompt for item in items], [(prompt.ids, prompt.english_ids) for prompt in prompts]
     wanted = digest((model, engine.connection, engine.dtype, max_new_tokens, texts, ids))
     if not args.again and (rows := dist.on_rank0(read_answers, path, len(items), wanted)):
         return rows
+    with tqdm(total=math.ceil(len(prompts) / dist.world_size), desc=f"{task} {path.stem}", leave=False,
+              disable=dist.rank > 0 or None) as progress:
+        answers = engine.answer_all(prompts, args.batch_size, max_new_tokens, progress=progress,
+                                    rank=dist.rank, world_size=dist.world_size)
     rows = []
-    for n, given in enumerate(answer(engine, args, prompts, max_new_tokens, dist, f"{task} {path.stem}")):
+    for n, of_ranks in enumerate(zip(*dist.gather(answers), strict=True)):
+        given = next(answer for answer in of_ranks if answer)
         likelihood = {option: round(value, 4) for option, value in (given.likelihood or {}).items()}
         rows.append({"digest": wanted, "item": n, "answer": engine.tokenizer.decode(given.ids),
                      "tokens": len(given.ids), "truncated": len(given.ids) >= max_new_tokens,
@@ -317,8 +307,9 @@ def is_contained(answer, gold, lang):
     before, after = (LANGUAGE_TABLES["particles"][side].get(lang, "") for side in ("before", "after"))
     for apostrophe in ("(?!)", "['’ʼ`]"):
         found, words = (answer_tokens(re.sub(apostrophe, " ", text), lang) for text in (answer, gold))
-        key = rf"(?:(?:{before})(?=[^\d\s]{{3}}))?{re.escape(' '.join(words))}(?:(?<=[^\d\s]{{2}})(?:{after}))?"
-        if words and re.search(rf"(?<!\S){key}(?!\S)", " ".join(found)):
+        key = re.escape(" ".join(words))
+        key = rf"(?<!\S)(?:(?:{before})(?=[^\d\s]{{3}}))?{key}(?:(?<=[^\d\s]{{2}})(?:{after}))?(?!\S)"
+        if words and re.search(key, " ".join(found)):
             return True
     return False
 
@@ -532,41 +523,44 @@ def score_row(task, lang, item, row):
         scores = {"rouge_l": max(rouge_l(text, gold) for gold in item.answer)}
     else:
         scores = open_scores(text, item.answer, lang)
-        scores = {metric: scores[metric] for metric in METRICS.get(task, DEFAULT_METRICS)}
+        scores = {metric: scores[metric] for metric in METRICS[task]}
     return {**row, "choice": named, "gold": item.answer, "scores": scores}
 
 
 # -------------------------------------------------------------------------------------------- statistics
 
-class BootstrapScore:
-    """The score of a column on a task in a language, with the resamples for its interval and p-value."""
+class BootstrapScore(NamedTuple):
+    """The score of a column on a task in a language, or a mean of such scores, with its resamples."""
+    score: float
+    difference: float  # to the first column
+    resampled: np.ndarray  # (RESAMPLES,) scores of bootstrap samples
+    resampled_difference: np.ndarray  # (RESAMPLES,)
+    flipped: np.ndarray  # (PERMUTATIONS,) differences with random signs
+    wilson: list | None = None  # interval of a score whose items are all 0 or 1
 
-    def __init__(self, values, first, seed):
+    @classmethod
+    @lru_cache(maxsize=None)  # the tables are made again after each cell
+    def of(cls, values, first, seed):
         """values: the items' scores; first: those of the first column.
 
-        seed: one per task, for all its languages: they are translations of one another, so that independent
-        draws would make the interval of their mean too narrow.
+        seed: one per task. All languages of a task contain the same items. Use the same resamples for all of
+        them; otherwise the interval of the mean is too narrow.
         """
-        self.wilson, count = wilson(values) if {*values} <= {0, 1} else None, len(values)
+        interval, count = wilson(values) if {*values} <= {0, 1} else None, len(values)
         values, differences = np.array(values), np.array(values) - np.array(first)
-        self.score, self.difference = values.mean(), differences.mean()
         rng = np.random.default_rng(seed)  # in portions, for tasks with many items
         draws = [rng.integers(count, size=(100, count)) for _ in range(RESAMPLES // 100)]
-        self.resampled, self.resampled_difference = (
-            np.concatenate([found[portion].mean(1) for portion in draws]) for found in (values, differences))
+        resampled = (np.concatenate([found[draw].mean(1) for draw in draws]) for found in (values, differences))
         signs = (rng.choice(np.array((-1, 1), "int8"), size=(100, count)) for _ in range(PERMUTATIONS // 100))
-        self.flipped = np.concatenate([portion @ differences / count for portion in signs])
+        flipped = np.concatenate([portion @ differences / count for portion in signs])
+        return cls(values.mean(), differences.mean(), *resampled, flipped, interval)
 
     @classmethod
     def mean(cls, scores):
         """The mean of scores; None if one is missing."""
-        if None in scores:
+        if any(score is None for score in scores):
             return None
-        mean = cls.__new__(cls)
-        mean.wilson = None
-        for name in ("score", "difference", "resampled", "resampled_difference", "flipped"):
-            setattr(mean, name, np.mean([getattr(score, name) for score in scores], axis=0))
-        return mean
+        return cls(*(np.mean(found, axis=0) for found in list(zip(*scores, strict=True))[:5]))
 
     def summary(self):
         """Score, 95 % interval, difference to the first column with its interval and two-sided p-value."""
@@ -594,119 +588,95 @@ def holm(rows):
     return rows
 
 
-bootstrap_score = lru_cache(maxsize=None)(BootstrapScore)  # the tables are made anew after each cell
-
-
 def compare(columns):
     """{(task, lang): a BootstrapScore per column} from each column's {(task, lang): scored answers}.
 
-    None where a column has no answers yet. Likelihood counts as a task of its own.
+    None where a column has no answers yet. Likelihood counts as a task of its own, after the others.
     """
     scores = {}
-    for task, lang in columns[0]:
-        found = [column.get((task, lang)) for column in columns]
-        for metric in (METRICS.get(task, DEFAULT_METRICS)[0], "likelihood"):
-            if all(rows is None or metric in rows[0]["scores"] for rows in found):
-                values = [rows and tuple(row["scores"][metric] for row in rows) for rows in found]
-                scores[task + LIKELIHOOD * (metric == "likelihood"), lang] = [
-                    v and bootstrap_score(v, values[0], zlib.crc32(task.encode())) for v in values]
-    return dict(sorted(scores.items(), key=lambda score: LIKELIHOOD in score[0][0]))  # tasks first
+    for suffix in ("", LIKELIHOOD):
+        for task, lang in columns[0]:
+            metric = "likelihood" if suffix else METRICS[task][0]
+            found = [column.get((task, lang)) for column in columns]
+            values = [rows and tuple(row["scores"].get(metric) for row in rows) for rows in found]
+            if values[0][0] is not None:
+                seed = zlib.crc32(task.encode())
+                scores[task + suffix, lang] = [v and BootstrapScore.of(v, values[0], seed) for v in values]
+    return scores
 
 
 def averages(scores):
     """[(task, language, summary per column)] from {(task, lang): a BootstrapScore per column}.
 
     After a task's languages come "mean" and, if it has English, "mean without en"; after the tasks those of
-    "all", from which likelihood is left out.
+    "all", which leaves out likelihood.
     """
     def mean(group):
         return [BootstrapScore.mean(column) for column in zip(*group, strict=True)]
 
-    found, english = {}, {task for task, lang in scores if lang == "en"}
-    for task in dict.fromkeys(task for task, _ in scores):
+    found, with_english = {}, {task for task, lang in scores if lang == "en"}
+    tasks = list(dict.fromkeys(task for task, _ in scores))
+    for task in tasks:
         langs = {lang: columns for (t, lang), columns in scores.items() if t == task}
-        found.update({(task, lang): columns for lang, columns in langs.items()})
+        found |= {(task, lang): columns for lang, columns in langs.items()}
         found[task, "mean"] = mean(langs.values())
         if others := [columns for lang, columns in langs.items() if lang != "en"]:
             found[task, "mean without en"] = mean(others)
-    tasks = {task for task, _ in scores if LIKELIHOOD not in task}
-    if len(tasks) > 1:
-        for lang in dict.fromkeys(lang for _, lang in found):
-            group = [found[task, lang] for task in tasks if (task, lang) in found]
-            if len(group) > 1:
-                found["all", lang] = mean(group)
+    if with_english:
+        with_english.add("all")
+    for lang in dict.fromkeys(lang for _, lang in found):
+        group = [found[task, lang] for task in tasks if LIKELIHOOD not in task and (task, lang) in found]
+        if len(group) > 1:
+            found["all", lang] = mean(group)
     return holm([(task, lang, [score and score.summary() for score in columns])
-                 for (task, lang), columns in found.items()
-                 if lang != "mean without en" or (english if task == "all" else task in english)])
+                 for (task, lang), columns in found.items() if lang != "mean without en" or task in with_english])
 
 
 # ----------------------------------------------------------------------------------------------- results
 
-def markdown(*rows):
-    """The lines of a table; the first row is its head."""
+def table(rows):
+    """Rows of cells as a Markdown table; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def score_table(rows, columns):
+def score_rows(rows, columns):
     """Scores in per cent with their intervals, per task and language."""
-    lines = [["task", "language", *columns]]
+    yield ["task", "language", *columns]
     for task, lang, cells in rows:
         found = [cell and [100 * x for x in (cell["score"], *cell["interval"])] for cell in cells]
-        shown = ["{:.1f} ({:.1f}-{:.1f})".format(*numbers) if numbers else "" for numbers in found]
-        lines.append([task, lang, *shown])
-    return markdown(*lines)
+        yield [task, lang, *("{:.1f} ({:.1f}-{:.1f})".format(*numbers) if numbers else "" for numbers in found)]
 
 
-def comparison_table(rows, columns):
+def comparison_rows(rows, columns):
     """Differences of the means to the first column, in per cent."""
-    lines = [["task", "language", f"against {columns[0]}", "difference", "95 % interval", "p", "Holm's p"]]
-    for task, lang, (_, *others) in (row for row in rows if row[1].startswith("mean")):
-        for column, cell in zip(columns[1:], others, strict=True):
-            if cell:
+    yield ["task", "language", f"against {columns[0]}", "difference", "95 % interval", "p", "Holm's p"]
+    for task, lang, cells in rows:
+        for column, cell in list(zip(columns, cells, strict=True))[1:]:
+            if cell and lang.startswith("mean"):
                 difference, low, high = (100 * x for x in (cell["difference"], *cell["difference_interval"]))
-                corrected = f"{cell['p_holm']:.4f}" if "p_holm" in cell else ""
-                lines.append([task, lang, column, f"{difference:+.1f}", f"{low:+.1f} to {high:+.1f}",
-                              f"{cell['p']:.4f}", corrected])
-    return markdown(*lines)
+                yield [task, lang, column, f"{difference:+.1f}", f"{low:+.1f} to {high:+.1f}",
+                       f"{cell['p']:.4f}", f"{cell['p_holm']:.4f}" if "p_holm" in cell else ""]
 
 
-def detail_table(cells, seconds, columns):
+def detail_rows(cells, seconds, columns):
     """What explains the scores: means over languages in per cent; items and seconds of each task."""
-    lines = [["task", "mean of", *columns]]
+    yield ["task", "mean of", *columns]
     for task in dict.fromkeys(cell["task"] for cell in cells):
-        found = [[cell for cell in cells if (cell["task"], cell["column"]) == (task, column)]
-                 for column in columns]
-        shares = [[details(cell) for cell in of_column] for of_column in found]
-        for what in shares[0][0]:
-            means = [f"{np.mean([share[what] for share in of]):.1f}" if of else "" for of in shares]
-            lines.append([task, what, *means])
-        lines.append([task, "items", *(str(sum(cell["items"] for cell in of)) for of in found)])
-        taken = [sum(s for of, name, s in seconds if (of, name) == (task, column)) for column in columns]
-        lines.append([task, "seconds", *(f"{s:.1f}" for s in taken)])
-    return markdown(*lines)
-
-
-def details(cell):
-    """{what: per cent} of a cell: its further metrics, and what explains its score."""
-    shares = {metric: cell["scores"][metric] for metric in METRICS.get(cell["task"], DEFAULT_METRICS)[1:]}
-    if cell["task"] in OPTIONS:
-        shares |= {what: cell[what] for what in ("chance", "majority")}
-        shares |= {f"{what} {option}": count / cell["items"] for what in ("picked", "likeliest")
-                   for option, count in cell[what].items()}
-        shares["unparsed"] = cell["unparsed"] / cell["items"]
-    shares["truncated"] = cell["truncated"] / cell["items"]
-    return {what: 100 * share for what, share in shares.items()}
+        found = [[cell for cell in cells if (cell["task"], cell["column"]) == (task, column)] for column in columns]
+        for what in found[0][0]["details"]:
+            yield [task, what, *(f"{100 * np.mean([cell['details'][what] for cell in group]):.1f}" if group else ""
+                                 for group in found)]
+        yield [task, "items", *(str(sum(cell["items"] for cell in group)) for group in found)]
+        yield [task, "seconds", *(f"{sum(s for *of, s in seconds if of == [task, column]):.1f}" for column in columns)]
 
 
 def load_plot():
-    """data/plot.py as a module, imported by its path."""
-    if not importlib.util.find_spec("matplotlib"):
-        raise UserError("--plot: needs the matplotlib package; pip install matplotlib")
-    spec = importlib.util.spec_from_file_location("plot", HERE / "data" / "plot.py")
-    plot = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plot)
-    return plot
+    """The function draw of data/plot.py."""
+    try:
+        return runpy.run_path(str(HERE / "data" / "plot.py"))["draw"]
+    except ImportError:
+        raise UserError("--plot: needs the matplotlib package; pip install matplotlib") from None
 
 
 def commit():
@@ -719,10 +689,10 @@ def commit():
 
 
 class Results:
-    """What is measured: columns (a model with one connection), their scored answers, a result per cell."""
+    """The scored answers of each column (a model with one connection), and a result per cell."""
 
     def __init__(self, args):
-        self.columns, self.answers, self.cells = [], [], []  # answers: {(task, lang): rows} of each column
+        self.answers, self.cells = {}, []  # answers: {column: {(task, lang): rows}}
         self.seconds = []  # (task, column, seconds) of each cell
         self.about = {
             "arguments": vars(args), "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(),
@@ -731,37 +701,42 @@ class Results:
 
     def add(self, column, task, lang, rows, seconds, **about):
         """Take over a column's scored answers to a task in one language. about: model and connection."""
-        if column not in self.columns:
-            self.columns.append(column)
-            self.answers.append({})
-        self.answers[-1][task, lang] = rows
+        self.answers.setdefault(column, {})[task, lang] = rows
         self.seconds.append((task, column, seconds))
-        options, count, metrics = OPTIONS.get(task, ""), len(rows), rows[0]["scores"]
-        golds = [sum(option in row["gold"] for row in rows) / count for option in options]
+
+        def mean(value):
+            return sum(map(value, rows)) / len(rows)
+
+        options = OPTIONS.get(task, "")
+        golds = [mean(lambda row: option in row["gold"]) for option in options]
+        scores = {metric: mean(lambda row: row["scores"][metric]) for metric in rows[0]["scores"]}
+        details = {metric: scores[metric] for metric in METRICS[task][1:]}
+        if options:
+            details |= {"chance": sum(golds) / len(golds), "majority": max(golds)}
+            details |= {f"picked {option}": mean(lambda row: row["choice"] == option) for option in options}
+            details |= {f"likeliest {option}": mean(lambda row: option in likeliest(row)) for option in options}
+            details["unparsed"] = mean(lambda row: row["choice"] is None)
+        details["truncated"] = mean(lambda row: row["truncated"])
         self.cells.append({
-            "column": column, **about, "task": task, "lang": lang, "items": count,
-            "scores": {metric: sum(row["scores"][metric] for row in rows) / count for metric in metrics},
-            "chance": sum(golds) / len(golds) if golds else None, "majority": max(golds, default=None),
-            "picked": {option: sum(row["choice"] == option for row in rows) for option in options},
-            "likeliest": {option: sum(option in likeliest(row) for row in rows) for option in options},
-            "unparsed": sum(row["choice"] is None for row in rows) if options else 0,
+            "column": column, **about, "task": task, "lang": lang, "items": len(rows), "scores": scores,
+            "details": details, "unparsed": sum(row["choice"] is None for row in rows) if options else 0,
             **{flag: sum(row[flag] for row in rows) for flag in ("truncated", "shortened")},
             "unreachable": sum(unreachable(row["gold"], lang) for row in rows)})
 
     def write(self, out, plots=None):
         """Write results.json, results.md and, if `plots` names a folder, the pictures. Returns the tables."""
-        rows = averages(compare(self.answers))
-        lines = score_table(rows, self.columns)
-        if len(self.columns) > 1:
-            lines += ["", *comparison_table(rows, self.columns)]
-        tables = "\n".join([*lines, "", *detail_table(self.cells, self.seconds, self.columns)])
+        columns, rows = list(self.answers), averages(compare(list(self.answers.values())))
+        tables = [score_rows(rows, columns), detail_rows(self.cells, self.seconds, columns)]
+        if len(columns) > 1:
+            tables.insert(1, comparison_rows(rows, columns))
+        tables = "\n\n".join(table(list(lines)) for lines in tables)
         summaries = [{"task": task, "lang": lang, "column": column, **cell} for task, lang, cells in rows
-                     for column, cell in zip(self.columns, cells, strict=True) if cell]
+                     for column, cell in zip(columns, cells, strict=True) if cell]
         everything = {**self.about, "results": self.cells, "summaries": summaries, "seconds": self.seconds}
         write_text(out / "results.json", json.dumps(everything, indent=1))
         write_text(out / "results.md", tables + "\n")
         if plots:
-            load_plot().draw(Path(plots), rows, self)
+            load_plot()(Path(plots), rows, self)
         return tables
 
     def notices(self):
@@ -771,7 +746,7 @@ class Results:
                     "shortened": "prompts were shortened to fit",
                     "unreachable": "golds are dates, yes or no; data/languages.json lacks the words"}
         for what, meaning in meanings.items():
-            for column in self.columns:
+            for column in self.answers:
                 if count := sum(cell[what] for cell in self.cells if cell["column"] == column):
                     yield f"{column}: {count} {meaning}"
         for task in dict.fromkeys(cell["task"] for cell in self.cells):
@@ -806,23 +781,14 @@ def evaluate(engine, column, folder, todo, args, dist, results, **about):
                         f"{time.time() - start:.0f} s", file=sys.stderr)
 
 
-def answer_folders(models):
-    """{model: a name for its folders in OUT/answers}, each once, none with a way out of it."""
-    names = {}
-    for model in models:
-        names[model] = re.sub(r"[^\w.-]+", "_", relative(model)).strip("._") or "model"
-        while [*names.values()].count(names[model]) > 1:
-            names[model] += "+"
-    return names
-
-
 def open_columns(model, folder, args, results, dist):
-    """Yield (connection, engine) for each connection asked for that a model, or its answers, have.
+    """Yield (connection, engine) for each connection in --connection that a model, or its answers, have.
 
-    folder: of its answers, without the connection; with --rescore the engine is None.
+    folder: of its answers, without the connection.  With --rescore the engine is None.
     """
     if args.rescore:
-        return (yield from ((c, None) for c in args.connection if Path(f"{folder}_{c}").is_dir()))
+        connections = args.connection or ("matrix", "english", "none")
+        return (yield from ((c, None) for c in connections if Path(f"{folder}_{c}").is_dir()))
     engine = dist.together(Engine, model, "none", args.template, args.dtype)
     results.about["models"][model] = {"template": engine.tokenizer.template, "dtype": str(engine.dtype),
                                       "device": engine.device.type}
@@ -831,6 +797,13 @@ def open_columns(model, folder, args, results, dist):
         yield engine.connection, engine
     for notice in engine.notices:
         dist.print0(notice, file=sys.stderr)
+
+
+def column_name(model, connection, args):
+    """The model, the connection or both: what several columns differ in."""
+    if len(args.connection or ()) < 2:
+        return model
+    return f"{model}, {connection}" if len(args.model) > 1 else connection
 
 
 def main():
@@ -848,19 +821,15 @@ def main():
     if args.plot:
         check_writable(args.plot)
         load_plot()
-    folders = {model: out / "answers" / name for model, name in answer_folders(args.model).items()}
-    if args.rescore:
-        args.connection = [connection for connection in args.connection or ("matrix", "english", "none")
-                           if any(Path(f"{folder}_{connection}").is_dir() for folder in folders.values())]
-        if not args.connection:
-            raise UserError(f"{out}/answers: has none of {', '.join(args.model)}; answer without --rescore")
     with Dist.start("gloo") as dist:  # gloo: only answers are exchanged, each process has the whole model
-        for model, folder in folders.items():
+        for model in args.model:
+            folder = out / "answers" / quote(relative(model), safe="")
             for connection, engine in open_columns(model, folder, args, results, dist):
-                names = [model] * (len(args.model) > 1) + [connection] * (len(args.connection or "") > 1)
-                evaluate(engine, ", ".join(names) or model, Path(f"{folder}_{connection}"), todo, args, dist,
-                         results, model=model, connection=connection)
+                evaluate(engine, column_name(model, connection, args), Path(f"{folder}_{connection}"), todo,
+                         args, dist, results, model=model, connection=connection)
                 del engine  # before the next model is loaded
+        if not results.cells:
+            raise UserError(f"{out}/answers: has none of {', '.join(args.model)}; answer without --rescore")
         if dist.rank == 0:
             tables = results.write(out, args.plot)
             dist.print0("\n".join([*results.notices(), ""]))

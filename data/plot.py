@@ -15,12 +15,12 @@ def draw(folder, rows, results):
     rows: [(task, language, a summary per column)] of eval.averages.  results: eval.Results.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    draw_scores(folder, rows, results.columns, {cell["task"]: cell["chance"] for cell in results.cells})
+    draw_scores(folder, rows, [*results.answers], {cell["task"]: cell["details"].get("chance") for cell in results.cells})
     chosen = {column: {f"{task} {lang}": [row["layer"] for row in found] for (task, lang), found in answers.items()}
-              for column, answers in zip(results.columns, results.answers, strict=True)}
+              for column, answers in results.answers.items()}
     chosen = {column: layers for column, layers in chosen.items() if None not in next(iter(layers.values()))}
     if chosen:
-        draw_layers(folder, chosen, next(iter(results.answers[0].values()))[0]["layers"])
+        draw_layers(folder, chosen, next(iter(next(iter(results.answers.values())).values()))[0]["layers"])
     logs = {model: Path(model) / "train_log.jsonl" for model in dict.fromkeys(cell["model"] for cell in results.cells)}
     logs = {model: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for model, path in logs.items() if path.exists()}

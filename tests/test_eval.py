@@ -688,7 +688,7 @@ def test_results_grow(run, tmp_path, monkeypatch):
     monkeypatch.setattr("eval.score_row", score_row)
     code, out, err = run(*command)
     assert code == 0 and "a_b: facts sw: exact 0.0, 1 items, 0 s\n" in err
-    assert {path.name for path in (tmp_path / "scores" / "answers").iterdir()} == {"a_b_none", "a_b+_none"}
+    assert {path.name for path in (tmp_path / "scores" / "answers").iterdir()} == {"a%2Fb_none", "a_b_none"}
 
 
 def test_defaults(tmp_path, run, monkeypatch):
