@@ -119,7 +119,7 @@ def read_task(data, name, lang, limit):
     versions = read_records(english) if english.exists() else [None] * len(records)
     for file, found in ((golds, gold_values), (english, versions)):
         if len(found) != len(records):
-            raise UserError(f"{file}: has {len(found)} items, but {own} has {len(records)}; copy both files again")
+            raise UserError(f"{file}: has {len(found)} items, {own} has {len(records)}; copy both again")
     items, options = [], OPTIONS.get(name)
     for record, version, (where, value) in list(zip(records, versions, gold_values, strict=True))[:limit]:
         gold = value if isinstance(value, list) else [value]  # one answer, or all that are right
@@ -395,10 +395,9 @@ def find_marks(answer, options):
     return list(re.finditer(rf"{before}[{options}](?![\d{LATIN}]|{ELISION})", answer))
 
 
-def mark_letters(answer, options, texts):
+def mark_letters(answer, options):
     """The answer with its options as capital letters, and all else that looks like one as a small letter."""
     answer = re.sub(r"[\u0620-\u065f\u0900-\u0963\u0980-\u09e3]+", lambda m: LETTERS.get(m[0], m[0]), answer)
-    text_of_a = bare(texts.get("A", "")) or "\0"
 
     def mark(match):
         before, after = answer[:match.start()], answer[match.end():]
@@ -409,30 +408,28 @@ def mark_letters(answer, options, texts):
             word = re.match(rf"[ \t]+([{LATIN}]+)", after) if match[0] == "A" else None
             is_option = (not word or word[1].casefold() in CHOICE["after_a"]["words"].split()
                          or not re.search(rf"(?:^|[.!?:;\n。।]){OPENING}$", before)
-                         or re.match(rf"{OR}[{options}](?![{LATIN}])", after)  # "A or B"
-                         or bare(after).startswith(text_of_a))
+                         or re.match(rf"{OR}[{options}](?![{LATIN}])", after))  # "A or B"
         return match[0].upper() if is_option else match[0].lower()
 
     return re.sub(rf"(?<![\d{LATIN}])[{options}{options.lower()}](?![\d{LATIN}])", mark, answer)
 
 
 def text_after(mark, answer, forms):
-    """The option whose text follows a mark: the longest, whole or cut short; else one much like it."""
+    """The options whose text follows a mark: the longest text, whole or cut short; else one much like it."""
     rest, found = bare(re.sub(r"^(?:[^\w\s\-−]|[-−–](?=\s)|\s)+", "", answer[mark.end():])), {}
     for option, texts in forms.items():
         for text in texts:
             word_ends = r"(?!\w)" if segment(text)[-1:] != [text[-1:]] else ""
             if re.match(re.escape(text) + word_ends, rest) or len(rest) >= 8 and text.startswith(rest):
                 found[option] = max(found.get(option, 0), min(len(text), len(rest)))
-    if not found:
-        found = {o: 1 for o, texts in forms.items() if any(rouge_l(rest, text) > 0.75 for text in texts)}
-    is_own = found and found.get(mark[0]) == max(found.values())
-    return mark[0] if is_own else max(found, key=found.get, default=None)
+    return ([option for option in found if found[option] == max(found.values())]
+            or [o for o, texts in forms.items() if any(rouge_l(rest, text) > 0.75 for text in texts)])
 
 
 def confirmed(mark, marks, answer, forms):
     """The option of a mark; None if another is named with it ("A or B", a list) or another's text follows."""
-    if text_after(mark, answer, forms) not in (mark[0], None) or re.search(r"\w.*\n\($", answer[mark.end():]):
+    followed = text_after(mark, answer, forms)
+    if followed and mark[0] not in followed or re.search(r"\w.*\n\($", answer[mark.end():]):
         return None
     other = next((m for m in marks if m.start() > mark.start() and m[0] != mark[0]), None)
     if other is None:
@@ -446,8 +443,8 @@ def confirmed(mark, marks, answer, forms):
     return None if side_by_side or re.fullmatch(OR, between, re.IGNORECASE) else mark[0]
 
 
-def find_text(answer, forms, tail=0):
-    """The only option whose text stands in an answer; its last word may have `tail` more letters.
+def find_text(answer, forms):
+    """The only option whose text stands in an answer; its last word may have three more letters.
 
     Texts of fewer than four letters or digits, all Latin, are not looked for.
     """
@@ -457,7 +454,7 @@ def find_text(answer, forms, tail=0):
             key = " ".join(summary_tokens(text))
             if len(key.replace(" ", "")) < 4 and key.isascii() or not key:
                 continue
-            match = re.search(rf" {re.escape(key)}\w{{0,{tail}}} ", words)
+            match = re.search(rf" {re.escape(key)}\w{{0,3}} ", words)
             if match and not re.search(NOT, words[:match.start() + 1]):
                 found[option] = max(found.get(option, ""), key, key=len)
     longest = [o for o, key in found.items() if not any(key in found[p] for p in found if p != o)]
@@ -480,7 +477,7 @@ def choice(answer, options, texts):
         return whole[0]
     answer = normalize_text(answer).strip()
     if not options[0].isdigit():
-        answer = mark_letters(answer, options, texts)
+        answer = mark_letters(answer, options)
     marks = find_marks(answer, options)
     kept = [mark for mark in marks if not re.search(NOT, answer[:mark.start()], re.IGNORECASE)]
     for cue in reversed(list(re.finditer(CUE, answer, re.IGNORECASE))):
@@ -503,7 +500,7 @@ def choice(answer, options, texts):
     first = bare(re.split(r"[.!?。।,\n]", answer)[0])
     if options == "123" and (said := [option for option in known if first in known[option]]):
         return said[0]  # "Neutral, for it neither entails nor contradicts"
-    return find_text(answer, forms) or find_text(answer, known, tail=3)
+    return find_text(answer, forms) or find_text(answer, known)
 
 
 def likeliest(row):
@@ -550,7 +547,7 @@ class BootstrapScore(NamedTuple):
         values, differences = np.array(values), np.array(values) - np.array(first)
         rng = np.random.default_rng(seed)  # in portions, for tasks with many items
         draws = [rng.integers(count, size=(100, count)) for _ in range(RESAMPLES // 100)]
-        resampled = (np.concatenate([found[draw].mean(1) for draw in draws]) for found in (values, differences))
+        resampled = (np.concatenate([v[draw].mean(1) for draw in draws]) for v in (values, differences))
         signs = (rng.choice(np.array((-1, 1), "int8"), size=(100, count)) for _ in range(PERMUTATIONS // 100))
         flipped = np.concatenate([portion @ differences / count for portion in signs])
         return cls(values.mean(), differences.mean(), *resampled, flipped, interval)
@@ -629,7 +626,8 @@ def averages(scores):
         if len(group) > 1:
             found["all", lang] = mean(group)
     return holm([(task, lang, [score and score.summary() for score in columns])
-                 for (task, lang), columns in found.items() if lang != "mean without en" or task in with_english])
+                 for (task, lang), columns in found.items()
+                 if lang != "mean without en" or task in with_english])
 
 
 # ----------------------------------------------------------------------------------------------- results
@@ -642,10 +640,13 @@ def table(rows):
 
 def score_rows(rows, columns):
     """Scores in per cent with their intervals, per task and language."""
+    def show(cell):
+        score, low, high = (100 * x for x in (cell["score"], *cell["interval"]))
+        return f"{score:.1f} ({low:.1f}-{high:.1f})"
+
     yield ["task", "language", *columns]
     for task, lang, cells in rows:
-        found = [cell and [100 * x for x in (cell["score"], *cell["interval"])] for cell in cells]
-        yield [task, lang, *("{:.1f} ({:.1f}-{:.1f})".format(*numbers) if numbers else "" for numbers in found)]
+        yield [task, lang, *(show(cell) if cell else "" for cell in cells)]
 
 
 def comparison_rows(rows, columns):
@@ -663,12 +664,14 @@ def detail_rows(cells, seconds, columns):
     """What explains the scores: means over languages in per cent; items and seconds of each task."""
     yield ["task", "mean of", *columns]
     for task in dict.fromkeys(cell["task"] for cell in cells):
-        found = [[cell for cell in cells if (cell["task"], cell["column"]) == (task, column)] for column in columns]
-        for what in found[0][0]["details"]:
-            yield [task, what, *(f"{100 * np.mean([cell['details'][what] for cell in group]):.1f}" if group else ""
-                                 for group in found)]
-        yield [task, "items", *(str(sum(cell["items"] for cell in group)) for group in found)]
-        yield [task, "seconds", *(f"{sum(s for *of, s in seconds if of == [task, column]):.1f}" for column in columns)]
+        groups = [[cell for cell in cells if (cell["task"], cell["column"]) == (task, column)]
+                  for column in columns]
+        for what in groups[0][0]["details"]:
+            means = [100 * np.mean([cell["details"][what] for cell in group]) if group else None
+                     for group in groups]
+            yield [task, what, *("" if mean is None else f"{mean:.1f}" for mean in means)]
+        yield [task, "items", *(str(sum(cell["items"] for cell in group)) for group in groups)]
+        yield [task, "seconds", *(f"{seconds[task, column]:.1f}" for column in columns)]
 
 
 def load_plot():
@@ -693,7 +696,7 @@ class Results:
 
     def __init__(self, args):
         self.answers, self.cells = {}, []  # answers: {column: {(task, lang): rows}}
-        self.seconds = []  # (task, column, seconds) of each cell
+        self.seconds = Counter()  # {(task, column): seconds}, all languages together
         self.about = {
             "arguments": vars(args), "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(),
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
@@ -702,7 +705,7 @@ class Results:
     def add(self, column, task, lang, rows, seconds, **about):
         """Take over a column's scored answers to a task in one language. about: model and connection."""
         self.answers.setdefault(column, {})[task, lang] = rows
-        self.seconds.append((task, column, seconds))
+        self.seconds[task, column] += seconds
 
         def mean(value):
             return sum(map(value, rows)) / len(rows)
@@ -713,8 +716,8 @@ class Results:
         details = {metric: scores[metric] for metric in METRICS[task][1:]}
         if options:
             details |= {"chance": sum(golds) / len(golds), "majority": max(golds)}
-            details |= {f"picked {option}": mean(lambda row: row["choice"] == option) for option in options}
-            details |= {f"likeliest {option}": mean(lambda row: option in likeliest(row)) for option in options}
+            details |= {f"picked {o}": mean(lambda row: row["choice"] == o) for o in options}
+            details |= {f"likeliest {o}": mean(lambda row: o in likeliest(row)) for o in options}
             details["unparsed"] = mean(lambda row: row["choice"] is None)
         details["truncated"] = mean(lambda row: row["truncated"])
         self.cells.append({
@@ -732,7 +735,8 @@ class Results:
         tables = "\n\n".join(table(list(lines)) for lines in tables)
         summaries = [{"task": task, "lang": lang, "column": column, **cell} for task, lang, cells in rows
                      for column, cell in zip(columns, cells, strict=True) if cell]
-        everything = {**self.about, "results": self.cells, "summaries": summaries, "seconds": self.seconds}
+        everything = {**self.about, "results": self.cells, "summaries": summaries,
+                      "seconds": [[*of, seconds] for of, seconds in self.seconds.items()]}
         write_text(out / "results.json", json.dumps(everything, indent=1))
         write_text(out / "results.md", tables + "\n")
         if plots:
