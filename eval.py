@@ -529,10 +529,8 @@ def score_row(task, lang, item, row):
 class BootstrapScore(NamedTuple):
     """The score of a column on a task in a language, or a mean of such scores, with its resamples."""
     score: float
-    difference: float  # to the first column
-    resampled: np.ndarray  # (RESAMPLES,) scores of bootstrap samples
-    resampled_difference: np.ndarray  # (RESAMPLES,)
-    flipped: np.ndarray  # (PERMUTATIONS,) differences with random signs
+    resampled: np.ndarray  # (RESAMPLES,) scores of bootstrap samples, the same items for all columns
+    flipped: np.ndarray  # (PERMUTATIONS,) differences to the first column, with random signs of the items
     wilson: list | None = None  # interval of a score whose items are all 0 or 1
 
     @classmethod
@@ -546,26 +544,26 @@ class BootstrapScore(NamedTuple):
         interval, count = wilson(values) if {*values} <= {0, 1} else None, len(values)
         values, differences = np.array(values), np.array(values) - np.array(first)
         rng = np.random.default_rng(seed)  # in portions, for tasks with many items
-        draws = [rng.integers(count, size=(100, count)) for _ in range(RESAMPLES // 100)]
-        resampled = (np.concatenate([v[draw].mean(1) for draw in draws]) for v in (values, differences))
-        signs = (rng.choice(np.array((-1, 1), "int8"), size=(100, count)) for _ in range(PERMUTATIONS // 100))
-        flipped = np.concatenate([portion @ differences / count for portion in signs])
-        return cls(values.mean(), differences.mean(), *resampled, flipped, interval)
+        resampled = [values[rng.integers(count, size=(100, count))].mean(1) for _ in range(RESAMPLES // 100)]
+        flipped = [rng.choice(np.array((-1, 1), "int8"), size=(100, count)) @ differences / count
+                   for _ in range(PERMUTATIONS // 100)]
+        return cls(values.mean(), np.concatenate(resampled), np.concatenate(flipped), interval)
 
     @classmethod
     def mean(cls, scores):
         """The mean of scores; None if one is missing."""
         if any(score is None for score in scores):
             return None
-        return cls(*(np.mean(found, axis=0) for found in list(zip(*scores, strict=True))[:5]))
+        return cls(*(np.mean(found, axis=0) for found in list(zip(*scores, strict=True))[:3]))
 
-    def summary(self):
+    def summary(self, first):
         """Score, 95 % interval, difference to the first column with its interval and two-sided p-value."""
         interval, of_difference = (np.percentile(found, (2.5, 97.5)).tolist()
-                                   for found in (self.resampled, self.resampled_difference))
-        p = (1 + (abs(self.flipped) >= abs(self.difference) - 1e-12).sum()) / (1 + PERMUTATIONS)
+                                   for found in (self.resampled, self.resampled - first.resampled))
+        difference = float(self.score - first.score)
+        p = (1 + (abs(self.flipped) >= abs(difference) - 1e-12).sum()) / (1 + PERMUTATIONS)
         return {"score": float(self.score), "interval": self.wilson or interval,
-                "difference": float(self.difference), "difference_interval": of_difference, "p": float(p)}
+                "difference": difference, "difference_interval": of_difference, "p": float(p)}
 
 
 def wilson(values):
@@ -625,7 +623,7 @@ def averages(scores):
         group = [found[task, lang] for task in tasks if LIKELIHOOD not in task and (task, lang) in found]
         if len(group) > 1:
             found["all", lang] = mean(group)
-    return holm([(task, lang, [score and score.summary() for score in columns])
+    return holm([(task, lang, [score and score.summary(columns[0]) for score in columns])
                  for (task, lang), columns in found.items()
                  if lang != "mean without en" or task in with_english])
 
@@ -791,8 +789,7 @@ def open_columns(model, folder, args, results, dist):
     folder: of its answers, without the connection.  With --rescore the engine is None.
     """
     if args.rescore:
-        connections = args.connection or ("matrix", "english", "none")
-        return (yield from ((c, None) for c in connections if Path(f"{folder}_{c}").is_dir()))
+        return (yield from ((c, None) for c in args.connection if Path(f"{folder}_{c}").is_dir()))
     engine = dist.together(Engine, model, "none", args.template, args.dtype)
     results.about["models"][model] = {"template": engine.tokenizer.template, "dtype": str(engine.dtype),
                                       "device": engine.device.type}
@@ -819,9 +816,12 @@ def main():
         raise UserError("--model: a folder is named twice; name each once")
     todo = [(task, lang, read_task(args.data, task, lang, args.limit))
             for task, lang in find_tasks(args.data, args.tasks, args.langs)]
-    for model in args.model if not args.rescore else ():  # check all models before the first one's long work
-        Tokenizer(model, Config.read(model), args.template)
-        weight_files(model)
+    if args.rescore:
+        args.connection = args.connection or ["matrix", "english", "none"]
+    else:
+        for model in args.model:  # check all models before the first one's long work
+            Tokenizer(model, Config.read(model), args.template)
+            weight_files(model)
     if args.plot:
         check_writable(args.plot)
         load_plot()

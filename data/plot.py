@@ -15,13 +15,18 @@ def draw(folder, rows, results):
     rows: [(task, language, a summary per column)] of eval.averages.  results: eval.Results.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    draw_scores(folder, rows, [*results.answers], {cell["task"]: cell["details"].get("chance") for cell in results.cells})
-    chosen = {column: {f"{task} {lang}": [row["layer"] for row in found] for (task, lang), found in answers.items()}
-              for column, answers in results.answers.items()}
-    chosen = {column: layers for column, layers in chosen.items() if None not in next(iter(layers.values()))}
-    if chosen:
-        draw_layers(folder, chosen, next(iter(next(iter(results.answers.values())).values()))[0]["layers"])
-    logs = {model: Path(model) / "train_log.jsonl" for model in dict.fromkeys(cell["model"] for cell in results.cells)}
+    chance = {cell["task"]: cell["details"].get("chance") for cell in results.cells}
+    draw_scores(folder, rows, list(results.answers), chance)
+    layers, count = {}, 0  # {column: {"task lang": chosen layers}}, number of layers
+    for column, answers in results.answers.items():
+        for (task, lang), found in answers.items():
+            if found[0]["layer"] is not None:
+                layers.setdefault(column, {})[f"{task} {lang}"] = [row["layer"] for row in found]
+                count = max(count, found[0]["layers"])
+    if layers:
+        draw_layers(folder, layers, count)
+    models = dict.fromkeys(cell["model"] for cell in results.cells)
+    logs = {model: Path(model) / "train_log.jsonl" for model in models}
     logs = {model: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for model, path in logs.items() if path.exists()}
     if logs:
@@ -29,7 +34,7 @@ def draw(folder, rows, results):
 
 
 def draw_scores(folder, rows, columns, chance):
-    """scores.png: the score of each column per language, with 95 % intervals; a panel per task, then the means.
+    """scores.png: each column's score per language, with 95 % intervals; a panel per task, then the means.
 
     chance: {task: score by chance, or None}.
     """
@@ -48,7 +53,8 @@ def draw_scores(folder, rows, columns, chance):
         level = chance.get(task.partition(",")[0])
         if level is not None:
             axes.axhline(100 * level, color="grey", linestyle="--", linewidth=0.8)
-            axes.text(len(bars) - 0.2, 100 * level, "chance", fontsize=7, color="grey", va="bottom", ha="right")
+            axes.text(len(bars) - 0.2, 100 * level, "chance", fontsize=7, color="grey", va="bottom",
+                      ha="right")
         axes.set_xticks(np.arange(len(bars)) + 0.4 - width / 2, [name for name, _ in bars])
         axes.set_title(task, fontsize=9)
         axes.set_ylim(0, 100)
@@ -60,7 +66,10 @@ def draw_scores(folder, rows, columns, chance):
 
 
 def draw_layers(folder, layers, count):
-    """layers.png: how often each of `count` layers was chosen. layers: {column: {"task lang": chosen layers}}."""
+    """layers.png: how often each of `count` layers was chosen.
+
+    layers: {column: {"task lang": chosen layers}}.
+    """
     figure, axes_of = panels(len(layers))
     for (column, chosen), axes in zip(layers.items(), axes_of, strict=True):
         shares = [np.bincount(found, minlength=count) / len(found) for found in chosen.values()]
@@ -73,21 +82,22 @@ def draw_layers(folder, layers, count):
 
 
 def draw_losses(folder, logs):
-    """loss.png: training and validation loss per answer token and the learning rate of each model's train_log.jsonl.
+    """loss.png: training and validation loss per answer token, and the learning rate.
 
-    logs: {model: its lines, dicts}.
+    logs: {model: the lines of its train_log.jsonl, as dicts}.
     """
     figure, axes_of = panels(2)
     for i, (model, lines) in enumerate(logs.items()):
         curves = {}  # {(panel, name): [(step, value)]}
         for line in lines:
-            values = {(0, "loss"): line.get("loss"), (1, "learning rate"): line.get("lr"),
-                      **{(0, f"validation, {name}"): loss for name, loss in line.get("eval_loss", {}).items()}}
+            values = {(0, f"validation, {name}"): loss for name, loss in line.get("eval_loss", {}).items()}
+            values |= {(0, "loss"): line.get("loss"), (1, "learning rate"): line.get("lr")}
             for key, value in values.items():
                 if value is not None and "step" in line:
                     curves.setdefault(key, []).append((line["step"], value))
         for (panel, name), points in curves.items():
-            marker = {"marker": "o", "linestyle": "--"} if name.startswith("validation") else {"color": f"C{i}"}
+            is_validation = name.startswith("validation")
+            marker = {"marker": "o", "linestyle": "--"} if is_validation else {"color": f"C{i}"}
             axes_of[panel].plot(*zip(*points, strict=True), label=f"{model}: {name}", **marker)
     axes_of[0].set_ylabel("loss")
     axes_of[1].set_ylabel("learning rate")
