@@ -124,7 +124,7 @@ class Config:
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         read.require(isinstance(tied, bool), f"tie_word_embeddings is {tied!r}, expected true or false")
         read.require(all(isinstance(i, int) for i in eos), f"eos_token_id is {eos!r}, expected ids")
-        has_bias &= family not in ("mistral", "qwen2")  # transformers ignores the setting there
+        has_bias &= family not in ("mistral", "qwen2")  # transformers ignores it there
         return cls(
             **sizes,
             num_key_value_heads=kv,
@@ -325,16 +325,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.output_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2))
 
-    def split_heads(self, x, norm=None, rotary=None):
-        x = x.unflatten(-1, (-1, self.head_dim))  # (B, T, heads, D)
-        return rotate(x if norm is None else norm(x), rotary).transpose(1, 2)  # (B, heads, T, D)
+    def split_heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim))  # (B, T, heads, D)
 
     def keys_values(self, x, rotary):
         """Keys and values (B, kv, T, D) of x (B, T, d)."""
-        return self.split_heads(self.k_proj(x), self.k_norm, rotary), self.split_heads(self.v_proj(x))
+        k, v = self.split_heads(self.k_proj(x)), self.split_heads(self.v_proj(x))
+        return rotate(self.k_norm(k), rotary).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, rotary, k, v, mask):
         """The queries of x (B, T, d) attend to k, v (B, kv, K, D): (B, T, d).
@@ -342,7 +342,7 @@ class Attention(nn.Module):
         mask (B, 1, group * T or 1, K), for the query heads of one key head: True for visible keys, or numbers
             added to the scores. None: causal, K = T.
         """
-        q = self.split_heads(self.q_proj(x), self.q_norm, rotary)  # (B, heads, T, D)
+        q = rotate(self.q_norm(self.split_heads(self.q_proj(x))), rotary).transpose(1, 2)  # (B, heads, T, D)
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -423,7 +423,7 @@ class DecoderLayer(nn.Module):
         if only_at is not None:
             x, h = (select_positions(t, only_at)[:, None] for t in (x, h))  # (B, 1, d)
             if rotary is not None:
-                rotary = rotary[:, 0, only_at][:, :, None]  # (2, B, 1, 1, D)
+                rotary = rotary[:, 0, only_at, None]  # (2, 1, T, 1, D) -> (2, B, 1, 1, D)
             keys = torch.arange(k.shape[2], device=x.device)
             mask = (keys <= only_at[:, None])[:, None, None]  # (B, 1, 1, K)
         x = x + self.self_attn(h, rotary, k, v, mask)
@@ -685,7 +685,7 @@ def tokenizer_files(folder):
 
 def write_shards(folder, tensors, shard_bytes):
     """Write (name, tensor) pairs as model-*-of-*.safetensors with their index. Keeps one shard in memory."""
-    shards, shard, size, total = [], {}, 0, 0  # names per written shard; the open shard; its bytes; all bytes
+    shard, shards, size, total = {}, [], 0, 0  # the open shard; names in each written one; bytes
 
     def close_shard():
         save_file(shard, folder / f"{len(shards)}.tmp", metadata={"format": "pt"})
@@ -699,12 +699,11 @@ def write_shards(folder, tensors, shard_bytes):
         shard[name] = tensor.contiguous()
         size, total = size + tensor.nbytes, total + tensor.nbytes
     close_shard()
-    weight_map = {}
+    index = {"metadata": {"total_size": total}, "weight_map": {}}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{i}.tmp").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index["weight_map"].update(dict.fromkeys(names, file))
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
 
 
@@ -857,9 +856,9 @@ class Tokenizer:
         self.path = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
         if self.path is None:
             raise UserError(f"{folder}: no {' or '.join(names)}; copy the base model's tokenizer there")
-        self.settings, self.generation, special_map, listed, contents = map(self._read_optional, (
-            "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json",
-            "tokenizer.json"))
+        self.settings, self.generation, special_map, listed, contents = (
+            read_json(self.folder / f"{name}.json") if (self.folder / f"{name}.json").exists() else {} for name in (
+                "tokenizer_config", "generation_config", "special_tokens_map", "added_tokens", "tokenizer"))
         read = self._read_sentencepiece if self.path.suffix == ".model" else self._read_tokenizer_json
         try:
             self._collect_tokens(special_map, listed, contents)
@@ -876,9 +875,6 @@ class Tokenizer:
                             f"{', '.join(TEMPLATE_NAMES)}")
         with no_panic(self.path):
             self._set_template(config)
-
-    def _read_optional(self, name):
-        return read_json(self.folder / name) if (self.folder / name).exists() else {}
 
     # ---- the vocabulary
 
@@ -1059,6 +1055,7 @@ class Tokenizer:
         return re.sub("|".join(texts), lambda match: json.dumps(texts[match[0]], ensure_ascii=False), JINJA)
 
     def _text_of(self, i):
+        """The text of an added token's id; "" for other ids and None."""
         return next((text for text, token in self.added.items() if token["id"] == i), "")
 
     def _set_template(self, config):
@@ -1094,7 +1091,7 @@ class Tokenizer:
         if needed > config.vocab_size:
             raise UserError(f"{self.path}: has {needed} tokens, the model {config.vocab_size}; they do not "
                             "belong together")
-        # The ids of a text that spells a control token: its first character and the rest, encoded apart.
+        # Ids for a text that spells a control token: its first character and the rest, encoded separately.
         self._spelled = {i: self._encode(text[:1], False) + self._encode(text[1:], False)
                          for text, i in self.control.items() if i in self._encode(text, False)}
 
@@ -1378,13 +1375,10 @@ def text_field(fields, key, where, required):
     value = fields.get(key)
     if value is None and not required:
         return None
-    problem = None
-    if not isinstance(value, str):
-        problem = "missing" if value is None else f"a {type(value).__name__}, expected text"
-    elif required and not value.strip():
-        problem = "empty"
-    elif re.search("[\ud800-\udfff]", value):
-        problem = "not valid text: it contains an unpaired surrogate"
+    problem = ("missing" if value is None else
+               f"a {type(value).__name__}, expected text" if not isinstance(value, str) else
+               "empty" if required and not value.strip() else
+               "not valid text: it contains an unpaired surrogate" if re.search("[\ud800-\udfff]", value) else "")
     if problem:
         raise UserError(f'{where}: "{key}" is {problem}; correct or remove it')
     return value
