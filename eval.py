@@ -157,8 +157,8 @@ def encode(engine, task, items, max_new_tokens):
     """The Prompts of a task in one language, and which of them were shortened to leave room for an answer."""
     tokenizer, shortened, prompts = engine.tokenizer, [], []
     for number, item in enumerate(items):
-        forms = option_forms(item, task, tokenizer) if task in OPTIONS else None
-        longest = max([max_new_tokens, *(len(form) for found in (forms or {}).values() for form in found)])
+        forms = option_forms(item, task, tokenizer) if task in OPTIONS else {}
+        longest = max([max_new_tokens, *(len(form) for found in forms.values() for form in found)])
         room = engine.config.max_length - longest
         if room < len(tokenizer.prompt("")) + 16:
             raise UserError(f"--max_new_tokens: answers of {longest} tokens leave no room for a prompt in "
@@ -352,8 +352,8 @@ def summary_tokens(text):
 def rouge_l(answer, gold):
     """F1 of the longest common subsequence (ROUGE-L, Lin 2004)."""
     a, b = summary_tokens(answer), summary_tokens(gold)
-    lengths = [0] * (len(b) + 1)  # of the longest common subsequence of a so far and each prefix of b
-    for x in a:
+    lengths = [0] * (len(b) + 1)
+    for x in a:  # row of dynamic programming: lengths[j] is that of a up to x and b[:j]
         row = [0]
         for j, y in enumerate(b):
             row.append(lengths[j] + 1 if x == y else max(row[j], lengths[j + 1]))
@@ -464,10 +464,14 @@ def find_text(answer, forms):
 def choice(answer, options, texts):
     """The option that an answer names; None if it names none or several. texts: {option: its text}.
 
-    In turn: the option whose text is the whole answer; what follows the last "answer is", in any language;
-    an option set off at the start ("1", "(B)", "2. since"); the only option that stands alone; the only one
-    whose text stands in the answer. Digits of every script, full-width letters and the option letters of
-    Arabic, Bengali and Hindi count as their ASCII forms.
+    The first of these that applies:
+    1. The whole answer is an option's text: "Neutral".
+    2. An option stands beside the last "answer", in any language: "The answer is B", "B is the answer".
+    3. An option is set off at the start: "1", "(B)", "2. since".
+    4. Only one option stands alone: "I choose B".
+    5. Only one option's text stands in the answer: "It is neutral, I think".
+    Digits of every script, full-width letters and the option letters of Arabic, Bengali and Hindi count as
+    their ASCII forms.
     """
     forms = {option: [bare(text)] for option, text in texts.items() if bare(text)}
     words = {"123": CHOICE["entailment"], "12": CHOICE["first_or_second"]}.get(options, {})
@@ -784,16 +788,19 @@ def evaluate(engine, column, folder, todo, args, dist, results, **about):
 
 
 def open_columns(model, folder, args, results, dist):
-    """Yield (connection, engine) for each connection in --connection that a model, or its answers, have.
+    """Yield (connection, engine) for each requested connection of a model.
 
-    folder: of its answers, without the connection.  With --rescore the engine is None.
+    folder: its answers, without the connection.  --rescore: connections with answers; engine None.
     """
     if args.rescore:
         return (yield from ((c, None) for c in args.connection if Path(f"{folder}_{c}").is_dir()))
     engine = dist.together(Engine, model, "none", args.template, args.dtype)
     results.about["models"][model] = {"template": engine.tokenizer.template, "dtype": str(engine.dtype),
                                       "device": engine.device.type}
-    for connection in [c for c in args.connection or [None] if not engine.lacks(c)] or [None]:
+    problems = {connection: engine.lacks(connection) for connection in args.connection or ()}
+    engine.notices += [f"{model}: {problem}; --connection {connection} is left out"
+                       for connection, problem in problems.items() if problem]
+    for connection in [c for c, problem in problems.items() if not problem] or [None]:
         engine.connect(connection)
         yield engine.connection, engine
     for notice in engine.notices:
