@@ -4,9 +4,9 @@
     Supervised Fine-Tuning", ACL 2025, https://doi.org/10.18653/v1/2025.acl-long.933
 
     here  shape                 in the paper
-    x     (B, T) token ids      non-English input: a prompt in its own language, in training with its answer
+    x     (B, T) token ids      non-English input: the original prompt; in training the answer follows
     e     (B, Te) token ids     English input: the same prompt in English, without an answer
-    p     (B,)                  connection position: the token where the assistant's turn begins
+    p     (B,)                  connection position: a token of the chat template at or near the prompt's end
     H     (L, B, d)             FFN activations: the FFN output of every layer at p, before the residual add
     W_d   (L, d)                Decision Maker, which picks one of the L layers
     W     (d, d)                Transform Matrix, from own-language to English-like activations
@@ -32,8 +32,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (CCTUNING_FILE, Fusion, Transformer, UserError, assign, load_weights, open_safetensors, refuse_nan,
-                   select_positions)
+from model import (CCTUNING_FILE, Fusion, Transformer, UserError, assign, load_weights, open_safetensors,
+                   refuse_nan, select_positions)
 
 
 class Batch(NamedTuple):
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 def gumbel_noise(seed, step, samples, layers):
-    """Gumbel noise (B, L) of these sample numbers in a step, however they are spread over processes."""
+    """Gumbel noise (B, L), a row per sample. It depends on (seed, step, sample), not on the process."""
     noise = [np.random.default_rng((seed, step, i)).gumbel(size=layers) for i in samples]
     return torch.tensor(np.stack(noise), dtype=torch.float32)
 
@@ -67,8 +67,8 @@ class DecisionMaker(nn.Module):
     def forward(self, activations, embedding, noise=None):
         """Pick one layer's vector from H (L, B, d); embedding: emb(x)[p] (B, d).
 
-        With Gumbel noise (B, L) a layer is drawn, and the gradient is the softmax's
-        (straight-through, tau = 1; arXiv 1611.01144); without noise it is the argmax.
+        With Gumbel noise (B, L): sample one layer; the backward pass uses the softmax gradient
+        (straight-through, tau = 1; arXiv 1611.01144). Without noise: take the argmax.
         Returns the vector (B, d) and the scores s (B, L), without noise.
         """
         mean = (activations.float() + embedding).mean(0).to(self.weight.dtype)  # (B, d)
@@ -77,12 +77,12 @@ class DecisionMaker(nn.Module):
         choice = F.one_hot(noisy.argmax(-1), noisy.shape[-1]).to(noisy.dtype)  # (B, L)
         if noise is not None:
             soft = noisy.softmax(-1)
-            choice = choice - soft.detach() + soft  # value: the choice; gradient: the softmax's
+            choice = choice - soft.detach() + soft  # forward: one-hot; backward: softmax
         return torch.einsum("bl,lbd->bd", choice, activations.to(choice.dtype)), scores
 
 
 class FixedChoice(nn.Module):
-    """For ablations, in the Decision Maker's place: a layer's number, "random" or "mean".
+    """Replaces the Decision Maker in ablations. source: a layer index, "random" or "mean".
 
     "mean" fuses the mean of all layers, which the last ones dominate: their norms are the largest.
     """
@@ -92,7 +92,7 @@ class FixedChoice(nn.Module):
         self.source = source
 
     def forward(self, activations, embedding, noise=None):
-        """As DecisionMaker.forward. The scores force one layer (0, the others -inf); None for "mean".
+        """As DecisionMaker.forward. Scores: 0 for the chosen layer, -inf for the others; None for "mean".
 
         "random" picks the layer of the largest noise (B, L), which it needs.
         """
@@ -111,8 +111,8 @@ class FixedChoice(nn.Module):
 class TransformMatrix:
     """W = argmin ||X W - Y||: from own-language activations X to English ones Y, rows of all layers.
 
-    Least squares needs only the sums X'X and X'Y: O(d^2) memory for any number of prompts, and the
-    sums of several processes add up.
+    Least squares needs only the sums X'X and X'Y: O(d^2) memory for any number of prompts. Processes can
+    add their sums.
     """
 
     def __init__(self, weight=None):
@@ -130,7 +130,7 @@ class TransformMatrix:
     def solve(self, ridge=0.0):
         """Set W to the minimum of ||X W - Y||^2 + ridge mean(diag(X'X)) ||W||^2.
 
-        If several W are minimal, the one of least norm.
+        If the solution is not unique, take the minimum-norm one.
         """
         xx, xy = self.sums
         penalty = ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
@@ -158,7 +158,7 @@ class CCTuning(nn.Module):
     """A Transformer `lm`, a Decision Maker (or FixedChoice) and a Transform Matrix."""
 
     def __init__(self, config, seed=0):
-        """The parameters are uninitialised: load_cctuning sets them. seed: of "random" layers."""
+        """load_cctuning sets the parameters. seed: of "random" layers and a new Decision Maker."""
         super().__init__()
         self.lm = Transformer(config)
         if config.source_layer == "decision_maker":
@@ -204,8 +204,8 @@ class CCTuning(nn.Module):
         embeddings = self.lm.embed(batch.ids)  # (B, T, d), once: each look-up has a gradient of size (V, d)
         if connection == "english":
             with torch.set_grad_enabled(english_grad and torch.is_grad_enabled()):
-                # Not self.activations: under FSDP it is a separate forward and would reshard the
-                # root in mid-step.
+                # Not self.activations: train.shard registers it as an FSDP forward method, which would
+                # free the root's weights during the step.
                 activations = self.lm(self.lm.embed(batch.english_ids),
                                       collect_at=batch.english_position).activations
         elif connection == "matrix":
@@ -224,14 +224,14 @@ class CCTuning(nn.Module):
 
         connection_index: p, counted from a prompt's end; -1 for its last token.
         connection: "matrix"; "english", from english = (ids, lengths) of the English prompts, the
-            bound of what a matrix can give; "none".
+            upper bound for the matrix; "none".
         Returns the logits that follow the prompts (B, V) and the scores (B, L) or None.
 
         Why the connection costs one token: with the matrix, H is known only after a first pass, and
         fusion then changes the fusion layer's output at p. That output is the input of the layers
         above, so in these p has other keys, values and outputs; attention is causal, so no token
         before p changes. It is enough to run the tokens from p on again (one for Llama 3, two or
-        three for ChatML), from the fusion layer on, over their rows of the cache. The result equals
+        three for ChatML), from the fusion layer on, overwriting their cache positions. The result equals
         a second full pass.
         """
         position, scores, embeddings = lengths + connection_index, None, self.lm.embed(ids)
@@ -254,48 +254,40 @@ class CCTuning(nn.Module):
 
 # ---------------------------------------------------------------------------- loading and saving
 
-def read_cctuning(path, config):
-    """The tensors of a cctuning.safetensors, checked against the model's shape."""
-    with open_safetensors(path) as file:
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    layers, width = config.num_hidden_layers, config.hidden_size
-    shapes = {"transform_matrix": (width, width)}
-    if config.source_layer == "decision_maker":
-        shapes = {"decision_maker.weight": (layers, width), **shapes}
-    required = next(iter(shapes))
-    if required not in tensors or not tensors.keys() <= shapes.keys():
-        problem = f"lacks {required}" if required not in tensors else f"has unexpected tensors, {[*tensors]}"
-        raise UserError(f"{path}: {problem}; copy the file again, or train again")
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs "
-                            f"{shapes[name]}; it was made for another model")
-        refuse_nan(f"{path}: {name}", tensors[name])
-    return tensors
-
-
 def load_cctuning(cc, folder, dtype=None, device="cpu"):
     """Load a checkpoint folder into a CCTuning (on the meta device, or sharded). Returns model.Loaded.
 
-    A Decision Maker that the folder lacks starts from a normal distribution of the config's
-    initializer_range. Raises UserError for a cctuning.safetensors that is damaged or another
-    model's, and as model.load_weights does.
+    A missing Decision Maker starts from a normal distribution of the config's initializer_range. Raises
+    UserError for a cctuning.safetensors that is damaged or does not belong to the model, and as
+    model.load_weights does.
     """
     loaded = load_weights(cc.lm, folder, dtype, device)
-    path, weight = Path(folder) / CCTUNING_FILE, loaded.decision_maker
-    if path.exists():
-        tensors = read_cctuning(path, cc.lm.config)
-        weight = tensors.get("decision_maker.weight")
-        if "transform_matrix" in tensors:
-            cc.transform_matrix.weight = tensors["transform_matrix"].to(device)
-    cc.trained = path.exists() or weight is not None
+    config, source, tensors = cc.lm.config, Path(folder) / CCTUNING_FILE, {}
+    shapes = {"transform_matrix": (config.hidden_size, config.hidden_size)}
     if isinstance(cc.decision_maker, DecisionMaker):
-        shape = cc.decision_maker.weight.shape
+        shapes = {"decision_maker.weight": (config.num_hidden_layers, config.hidden_size), **shapes}
+    if source.exists():
+        with open_safetensors(source) as file:
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        required = next(iter(shapes))
+        if required not in tensors or not tensors.keys() <= shapes.keys():
+            problem = f"has {[*tensors]}" if required in tensors else f"lacks {required}"
+            raise UserError(f"{source}: {problem}, not {[*shapes]}; copy the file again, or train again")
+    elif loaded.decision_maker is not None and "decision_maker.weight" in shapes:
+        source, tensors = folder, {"decision_maker.weight": loaded.decision_maker.float()}
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name]:
+            raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model needs "
+                            f"{shapes[name]}; the files do not belong to the same model")
+        refuse_nan(f"{source}: {name}", tensor)
+    cc.trained = bool(tensors) or loaded.decision_maker is not None
+    if "transform_matrix" in tensors:
+        cc.transform_matrix.weight = tensors["transform_matrix"].to(device)
+    if "decision_maker.weight" in shapes:
+        weight = tensors.get("decision_maker.weight")
         if weight is None:
             generator = torch.Generator().manual_seed(cc.seed)
-            weight = torch.empty(shape).normal_(std=cc.lm.config.initializer_range, generator=generator)
-        if weight.shape != shape:
-            raise UserError(f"{folder}: its Decision Maker has shape {tuple(weight.shape)}, the model "
-                            f"needs {tuple(shape)}; it was made for another model")
-        assign(cc, "decision_maker.weight", weight.float(), device=device)
+            weight = torch.empty(shapes["decision_maker.weight"])
+            weight.normal_(std=config.initializer_range, generator=generator)
+        assign(cc, "decision_maker.weight", weight, device=device)
     return loaded

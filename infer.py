@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cctuning import CCTuning, load_cctuning
-from model import (DATA, TEMPLATE_NAMES, Config, Help, KVCache, Record, Tokenizer, UserError, at_least, check_writable,
-                   choose_device, error_line, holds_model, pad, printable, process_ranks, read_json_lines, read_records,
-                   relative, run_script, write_text)
+from model import (DATA, TEMPLATE_NAMES, Config, Help, KVCache, Record, Tokenizer, UserError, at_least,
+                   check_writable, choose_device, error_line, holds_model, pad, printable, process_ranks,
+                   read_json_lines, read_records, relative, run_script, write_text)
 
 WHICH_MODEL = "out if it holds one, else the embedded data/tuned"  # default_model, in words
 LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # the paper's
@@ -46,10 +46,10 @@ def parse_args(argv=None):
     add("--input", metavar="FILE", help="prompts as JSON lines or a JSON list: \"instruction\", optional "
         "\"instruction_en\", \"lang\" and \"input\"")
     add("--prompt_en", metavar="TEXT", help="English version of --prompt, for --connection english")
-    add("--output", metavar="FILE", help="JSON lines of --input with \"answer\" added (default: standard output)")
+    add("--output", metavar="FILE", help="--input's lines with \"answer\" added (default: standard output)")
     add("--explain", action="store_true", help="show the chosen layer and the Decision Maker's probabilities")
     add_engine_options(parser, max_new_tokens=256)
-    add("--temperature", type=at_least(0, float), default=0.0, metavar="X", help="sampling temperature; 0: greedy")
+    add("--temperature", type=at_least(0, float), default=0.0, metavar="X", help="0: greedy; above: sampling")
     add("--top_p", type=at_least(0, float), default=1.0, metavar="X",
         help="total probability of the most likely tokens to sample from")
     add("--seed", type=at_least(0), default=0, metavar="N", help="random seed for sampling")
@@ -59,9 +59,9 @@ def parse_args(argv=None):
 def add_engine_options(parser, max_new_tokens=None, connections=None):
     """The options that infer.py and eval.py share. connections: "+" where several may be given."""
     add = parser.add_argument
-    add("--connection", nargs=connections, choices=("matrix", "english", "none"), help="matrix: from the prompt, "
-        "through the Transform Matrix; english: from its English version, the upper bound for the matrix; none: a "
-        "plain model (default: matrix, if there is one)")
+    add("--connection", nargs=connections, choices=("matrix", "english", "none"), help="matrix: from the "
+        "prompt, through the Transform Matrix; english: from its English version, the upper bound for the "
+        "matrix; none: a plain model (default: matrix, if there is one)")
     by_task = "" if max_new_tokens else " (default: by task: summaries 128, options 24, others 32)"
     add("--max_new_tokens", type=at_least(1), default=max_new_tokens, metavar="N",
         help=f"maximum tokens of an answer{by_task}")
@@ -155,8 +155,9 @@ class Engine:
     def lacks(self, connection):
         """What the checkpoint lacks for a connection (None: matrix), and the remedy; None if nothing."""
         if connection in (None, "matrix") and self.cc.transform_matrix.weight is None:
-            file = "" if self.cc.trained else "no cctuning.safetensors, "
-            return f"{file}no Transform Matrix; fit one with train.py --epochs 0"
+            if self.cc.trained:
+                return "no Transform Matrix; fit one with train.py --epochs 0"
+            return "no cctuning.safetensors, so no Transform Matrix; train with train.py"
         if connection == "english" and not self.cc.trained:
             return "no trained Decision Maker; train it with train.py"
         return None
@@ -204,7 +205,7 @@ class Engine:
         return answers
 
     def prefill(self, prompts, room):
-        """Read Prompts, connected. Returns a KVCache with room for that many answer tokens, logits, scores."""
+        """Read Prompts. Returns a KVCache with room for that many answer tokens, logits, scores."""
         ids, lengths = (t.to(self.device) for t in pad([p.ids for p in prompts]))  # (B, T), (B,)
         cache = KVCache(self.config, len(prompts), ids.shape[1] + room, self.dtype, self.device)
         english = None
@@ -230,10 +231,12 @@ class Engine:
             ids, lengths = (t.to(self.device) for t in pad([form for _, form in rows]))  # (B, F), (B,)
             offsets = torch.arange(ids.shape[1] - 1, device=self.device)
             cache.length = length + len(offsets)
-            x = self.cc.lm(self.cc.lm.embed(ids[:, :-1]), starts[:, None] + offsets, cache).hidden  # (B, F - 1, d)
+            embeddings = self.cc.lm.embed(ids[:, :-1])  # (B, F - 1, d)
+            x = self.cc.lm(embeddings, starts[:, None] + offsets, cache).hidden
             real = offsets + 1 < lengths[:, None]  # (B, F - 1)
             loss = F.cross_entropy(self.cc.lm.logits(x[real]).float(), ids[:, 1:][real], reduction="none")
-            sums = first.gather(1, ids[:, :1])[:, 0].index_add(0, real.nonzero()[:, 0], loss, alpha=-1)  # (B,)
+            sums = first.gather(1, ids[:, :1])[:, 0]  # (B,)
+            sums = sums.index_add(0, real.nonzero()[:, 0], loss, alpha=-1)
             for i, ((option, _), total) in enumerate(zip(rows, sums.tolist(), strict=True)):
                 if step < len(forms[i]):
                     scores[i].setdefault(option, []).append(total)
@@ -248,7 +251,8 @@ class Engine:
         Finished rows leave the batch.
         """
         limits = [min(max_new_tokens, self.config.max_length - len(p.ids)) for p in prompts]
-        room = max(limits + [len(form) for p in prompts for found in (p.forms or {}).values() for form in found])
+        forms = [form for p in prompts for found in (p.forms or {}).values() for form in found]
+        room = max(limits + [len(form) for form in forms])
         cache, logits, scores = self.prefill(prompts, room)  # logits (B, V), scores (B, L)
         probabilities = [None] * len(prompts) if scores is None else scores.float().softmax(-1).tolist()
         answers = [Answer([], p) for p in probabilities]
@@ -260,7 +264,7 @@ class Engine:
         active = list(range(len(prompts)))  # the prompts of the remaining rows
         while True:
             if not logits.isfinite().all():
-                raise UserError(f"{self.folder}: logits are not finite; give --dtype float32, or copy the folder again")
+                raise UserError(f"{self.folder}: logits are not finite; give --dtype float32")
             tokens = sample_next_token(logits, temperature, top_p, [generators[i] for i in active])  # (B,)
             keep = []
             for row, (i, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
@@ -309,8 +313,8 @@ def sample_next_token(logits, temperature, top_p, generators):
 def prepack_for_cpu(lm):
     """Reorder weights for oneDNN: decoding on a CPU is up to 3x faster. Inference only.
 
-    float16, and bfloat16 where the CPU lacks instructions for it, is widened to float32 (exact). The operators are
-    private: torch.compile's freezing uses them.
+    float16, and bfloat16 where the CPU lacks instructions for it, is widened to float32 (exact). The
+    operators are private: torch.compile's freezing uses them.
     """
     if not torch.backends.mkldnn.is_available():
         return
@@ -336,8 +340,8 @@ def check_args(args):
     if args.prompt is not None and args.input is not None:
         raise UserError("--prompt: give either --prompt TEXT (or - for standard input) or --input FILE")
     if args.prompt_en is not None and (args.prompt in (None, "-") or args.connection != "english"):
-        raise UserError("--prompt_en: goes with --prompt TEXT and --connection english; lines of --input have "
-                        "their own instruction_en")
+        raise UserError("--prompt_en: goes with --prompt TEXT and --connection english; with --input, give "
+                        "instruction_en")
     if args.output and not args.input:
         raise UserError("--output: goes with --input; the answer to --prompt is printed")
     output = Path(args.output or "-")
@@ -399,8 +403,8 @@ def main():
     args.model = args.model or default_model()
     is_terminal = args.prompt == "-" and sys.stdin.buffer.isatty()
     records = [] if is_terminal else read_prompts(args)
-    of_data = Config.read(args.model).cctuning.get("languages", [])
-    known = {*LANGUAGES, *of_data, *(r.lang for r in records if r.lang)}
+    trained = Config.read(args.model).cctuning.get("languages", [])
+    known = {*LANGUAGES, *trained, *(r.lang for r in records if r.lang)}
     if args.lang and args.lang not in known:
         print(f"--lang: {printable(args.lang)} is none of {' '.join(sorted(known))}", file=sys.stderr)
     single = min(len(records), args.batch_size) <= 1

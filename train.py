@@ -52,9 +52,9 @@ from tqdm import tqdm
 
 from cctuning import Batch, CCTuning, gumbel_noise, load_cctuning
 from model import (DATA, RUN_FILE, SOURCES, TEMPLATE_NAMES, Config, Help, Tokenizer, UserError, at_least,
-                   check_writable, choose_device, error_line, holds_model, is_ours, pad, printable, process_ranks,
-                   read_json, read_records, read_text, refuse_nan, relative, run_script, save_checkpoint, silence,
-                   sync, tokenizer_files, write_text)
+                   check_writable, choose_device, error_line, holds_model, is_ours, pad, printable,
+                   process_ranks, read_json, read_records, read_text, refuse_nan, relative, run_script,
+                   save_checkpoint, silence, sync, tokenizer_files, write_text)
 
 try:
     import fcntl
@@ -97,7 +97,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("files")
     add("model", "checkpoint folder to start from (default: the embedded data/base)", str, "DIR")
     add("data", f"training samples (default: the embedded data/train.jsonl, with {embedded})", str, "FILE")
-    add("eval_data", "samples for the validation loss", str, "FILE")
+    add("eval_data", "samples for the validation loss, measured after each epoch", str, "FILE")
     add("out", "folder for the result", str, "DIR", default="out")
     add("overwrite", "replace a model in --out once the new one is written", action="store_true")
     add("max_shard_size", "maximum GB per weight file", at_least(0, float), default=5.0)
@@ -107,20 +107,21 @@ def parse_args(argv=None):
     add("epochs", "passes over --data; 0: only fit the matrix", at_least(0))
     add("batch_size", "samples per step, over all processes", at_least(1))
     add("lr", "peak learning rate; 10%% warm-up, then cosine", at_least(0, float))
-    add("max_length", "maximum tokens of prompt and answer (default: 1024, or what the model takes)", at_least(2))
+    add("max_length", "maximum tokens of prompt and answer; longer answers are cut (default: 1024, or what the "
+        "model takes)", at_least(2))
     add("template", "chat template (default: the checkpoint's)", choices=TEMPLATE_NAMES)
     add("seed", "random seed of order, noise and the initial Decision Maker", at_least(0), default=0)
     add("english_grad", "differentiate the English pass too; the paper's code does not", action="store_true")
-    add("source_layer", "ablation: fuse the layer of the decision_maker, a random layer, the mean of all or a layer's "
-        "number (default: the model's)", source_layer)
-    add("fusion_layer", "layer whose FFN output receives the vector (default: the model's, else 0)", at_least(0))
+    add("source_layer", "ablation, what is fused: decision_maker, random, mean or a layer's number "
+        "(default: the model's)", source_layer)
+    add("fusion_layer", "layer whose FFN it is added to (default: the model's, else 0)", at_least(0))
 
     group = parser.add_argument_group("Transform Matrix")
     add("matrix_prompts", "number of prompts for the fit", at_least(1), default=1000)
     add("ridge", "penalty on the matrix, relative to mean(diag(X'X))", at_least(0, float), default=0.0)
 
     group = parser.add_argument_group("memory")
-    add("dtype", "compute dtype; weights stay float32 until saved (default: bfloat16 on a GPU, float32 on a CPU)",
+    add("dtype", "compute dtype; the weights stay float32 (default: bfloat16 on a GPU, float32 on a CPU)",
         choices=("float32", "bfloat16"))
     add("micro_batch", "samples per forward pass of a process; changes memory, not results", at_least(1))
     add("checkpoint_activations", "recompute layers in the backward pass: less memory, a quarter more time",
@@ -128,9 +129,9 @@ def parse_args(argv=None):
     add("memory_plan", "only print the memory that each of N processes needs", at_least(1))
 
     group = parser.add_argument_group("stopping and resuming")
-    add("save_every", "steps between checkpoints in OUT/checkpoints (default: only when stopped)", at_least(1))
+    add("save_every", "steps between checkpoints (default: save only when stopped)", at_least(1))
     add("keep", "number of checkpoints to keep", at_least(1), default=2)
-    add("resume", "continue from the newest checkpoint, if any, on any number of processes", action="store_true")
+    add("resume", "continue from the newest checkpoint, on any number of processes", action="store_true")
     add("log_every", "steps between printed lines; OUT/train_log.jsonl has all", at_least(1), default=10)
 
     args = parser.parse_args(argv)
@@ -164,7 +165,8 @@ def read_samples(path, tokenizer, max_length, print0, method="cc"):
     required = ("instruction", "output") + ("instruction_en",) * (method == "cc")
     records, samples = read_records(path, required), []
     for record in records:
-        ids, english_ids = (tokenizer.prompt(text) if text else [] for text in (record.prompt, record.english))
+        ids = tokenizer.prompt(record.prompt)
+        english_ids = tokenizer.prompt(record.english) if record.english else []
         if len(ids) < max_length and len(english_ids) <= max_length:
             answered = (ids + tokenizer.answer(record.answer))[:max_length]
             samples.append(Sample(answered, len(ids), english_ids, record.lang, record.is_english))
@@ -197,10 +199,10 @@ def make_batches(samples, batch_size, seed, epoch):
 
 
 def collate(samples, connection_index, device="cpu"):
-    """A Batch of samples; connection_index: the connection position, counted from a prompt's end (-1: last)."""
+    """A Batch of samples. connection_index: position from the prompt's end (-1: last token)."""
     ids, lengths = pad([s.ids for s in samples])
     english_ids, english_lengths = pad([s.english_ids for s in samples])
-    prompts, column = torch.tensor([s.prompt_length for s in samples]), torch.arange(ids.shape[1])  # (B,), (T,)
+    prompts, column = torch.tensor([s.prompt_length for s in samples]), torch.arange(ids.shape[1])
     is_answer = (column >= prompts[:, None]) & (column < lengths[:, None])  # (B, T)
     batch = Batch(ids, ids.masked_fill(~is_answer, -100), prompts + connection_index,
                   english_ids, english_lengths + connection_index)
@@ -305,7 +307,7 @@ def shard(cc, dist, dtype):
     """
     low = torch.bfloat16 if dtype == torch.bfloat16 else None
     # Inputs are not cast: Gumbel noise rounded to bfloat16 could draw another layer than one process draws.
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
     mesh = torch.distributed.init_device_mesh(dist.device.type, (dist.world_size,))
     for module in [*cc.lm.model.layers, cc]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -376,7 +378,8 @@ class Setup:
         info = {name: value for name, value in vars(self.args).items() if name not in RESUME_MAY_CHANGE}
         model = Path(self.args.model).resolve()  # however its path is spelled
         return info | {"model": f"{model} {digest(read_text(model / 'config.json'))}",
-                       "data": digest(self.samples), "dtype": str(self.dtype), "fusion_layer": self.config.fusion_layer}
+                       "data": digest(self.samples), "dtype": str(self.dtype),
+                       "fusion_layer": self.config.fusion_layer}
 
     def autocast(self):
         """bfloat16 in one process. In several, fully_shard gathers the weights in it: see shard."""
@@ -397,7 +400,7 @@ def read_setup(args, dist):
     check_writable(args.out)
     unused = [name for name, off in CC_ONLY.items() if args.method == "sft" and getattr(args, name) != off]
     if unused or (args.method == "sft" and args.epochs == 0):
-        raise UserError(f"--method sft: has no use for --{(unused or ['epochs 0'])[0]}; leave one of them out")
+        raise UserError(f"--method sft: --{(unused or ['epochs 0'])[0]} needs --method cc; leave it out")
     config = Config.read(args.model)
     if os.path.exists(args.out) and os.path.samefile(args.out, args.model):
         raise UserError(f"{args.out}: is --model too, which would be lost; give another --out")
@@ -414,8 +417,9 @@ def read_setup(args, dist):
     tokenizer = Tokenizer(args.model, config, args.template)
     if tokenizer.notice:
         dist.print0(tokenizer.notice)
-    samples, eval_samples = (read_samples(path, tokenizer, max_length, dist.print0, args.method) if path else []
-                             for path in (args.data, args.eval_data))
+    samples, eval_samples = (
+        read_samples(path, tokenizer, max_length, dist.print0, args.method) if path else []
+        for path in (args.data, args.eval_data))
     if args.method == "cc" and all(s.is_english for s in samples):
         raise UserError(f"{args.data}: every instruction equals its instruction_en, the Transform Matrix "
                         "needs other languages; add some, or give --method sft")
@@ -426,7 +430,7 @@ def read_setup(args, dist):
 
 
 def claim(setup, until_exit):
-    """On rank 0: lock --out and mark it as ours. True if it holds the result of this run already, to --resume.
+    """On rank 0: lock --out and mark it as ours. True: this run has finished, --resume has nothing to do.
 
     Raises UserError if the folder is in use, or holds something that must not be replaced.
     """
@@ -448,11 +452,11 @@ def claim(setup, until_exit):
 
 
 def is_finished(setup):
-    """True if --out holds the result of this run, to --resume. Refuses to replace another, if not asked to."""
+    """True if --resume finds the result of this run. Refuses to replace anything without --overwrite."""
     args, out = setup.args, Path(setup.args.out)
     if not holds_model(out) or (out / "saving.tmp").exists():  # the latter: died while saving
         if list((out / "checkpoints").glob(STEP)) and not (args.overwrite or args.resume):
-            raise UserError(f"{out}/checkpoints: a run was stopped; continue it with --resume, or start again "
+            raise UserError(f"{out}/checkpoints: a run was stopped; continue with --resume, or start over "
                             "with --overwrite")
         return False
     existing = Config.read(out).cctuning
@@ -484,7 +488,7 @@ def load_for_training(setup):
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     size = sum(p.numel() * loaded.dtypes[name].itemsize for name, p in cc.lm.named_parameters())
     if setup.dist.rank == 0 and (free := shutil.disk_usage(args.out).free) < size:
-        raise UserError(f"{args.out}: {free / 1e9:.2f} GB are free there, the result needs {size / 1e9:.2f}; make room")
+        raise UserError(f"{args.out}: {free / 1e9:.2f} GB free, {size / 1e9:.2f} needed; make room")
     return cc, loaded
 
 
@@ -545,7 +549,7 @@ def validate(setup, cc, connections):
 
 @torch.no_grad()
 def favourite_layer(setup, cc):
-    """The layer that the Decision Maker picks most often with the validation prompts, and its share, in words."""
+    """The Decision Maker's most frequent layer on the validation prompts and its share, in words."""
     if setup.args.method == "sft" or setup.config.source_layer != "decision_maker":
         return None
     counts = torch.zeros(setup.config.num_hidden_layers, device=setup.dist.device)
@@ -558,18 +562,19 @@ def favourite_layer(setup, cc):
     return f"layer {int(layer)} ({100 * share:.0f} %)"
 
 
-def report_validation(setup, cc, before, log):
+def report_validation(setup, cc, log):
     """Print what training did to the validation loss, and whether the connection helps."""
     names = {"none": "no connection"}
     if setup.args.method == "cc":
         names |= {"matrix": "matrix", "english": "real English"}
     losses = validate(setup, cc, names)
     log.write(eval_loss=losses)
-    rows = {"base model": before.get("base_loss"), **{names[c]: loss for c, loss in losses.items()}}
-    lines = ["validation loss (lower is better)", *(f"  {name:<15}{loss:.4f}" for name, loss in rows.items() if loss)]
+    rows = {"base model": log.first.get("base_loss"), **{names[c]: loss for c, loss in losses.items()}}
+    lines = ["validation loss (lower is better)"]
+    lines += [f"  {name:<15}{loss:.4f}" for name, loss in rows.items() if loss]
     if favourite := favourite_layer(setup, cc):
-        lines.append(f"the Decision Maker's favourite: {before.get('favourite', 'not measured')} before training, "
-                     f"{favourite} after")
+        earlier = log.first.get("favourite", "not measured")
+        lines.append(f"the Decision Maker's favourite: {earlier} before training, {favourite} after")
     if "matrix" in losses:
         lines.append("The matrix, which inference uses, is " + (
             "better than no connection." if losses["matrix"] < losses["none"] else
@@ -579,7 +584,7 @@ def report_validation(setup, cc, before, log):
 
 @torch.no_grad()
 def fit_matrix(setup, cc):
-    """Fit the Transform Matrix on a seeded sample of the prompts that are not English. Returns the fit's info.
+    """Fit the Transform Matrix on a seeded sample of the non-English prompts. Returns the fit's info.
 
     R^2 is measured on HELD_OUT prompts that are not in the fit.
     """
@@ -609,7 +614,7 @@ def fit_matrix(setup, cc):
             matrix.add(own[:, finite], english[:, finite])
             count += finite.sum()
     if not dist.sum(count):
-        raise UserError(f"{args.data}: no prompt has finite activations; lower --lr, or look for broken samples")
+        raise UserError(f"{args.data}: no prompt has finite activations; lower --lr, or check the samples")
     dist.sum(matrix.sums)
     matrix.solve(args.ridge)
     info = {"prompts": int(count), "ridge": args.ridge, "held_out": len(test), "r_squared": []}
@@ -619,6 +624,10 @@ def fit_matrix(setup, cc):
         info["r_squared"] = [round(r, 4) if math.isfinite(r) else None
                              for r in matrix.r_squared(own, english).tolist()]
     info["doubt"] = doubt(info, setup.config)
+    shown = " ".join("-" if r is None else f"{r:.2f}" for r in info["r_squared"])
+    dist.print0(f"matrix: fitted on {info['prompts']} prompts, R^2 per layer on {len(test)} others {shown}")
+    if info["doubt"]:
+        dist.print0(info["doubt"])
     reshard(cc)
     return info
 
@@ -644,8 +653,9 @@ def writing(path, temporary, dist):
         if dist.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         failures = [*getattr(error, "failures", {}).values()]  # of a CheckpointException, by rank
-        reason = (str(failures[0][0] if failures else error).strip().splitlines() or [type(error).__name__])[-1]
-        raise UserError(f"{path}: cannot be written ({reason}); make room, then run again with --resume") from None
+        reason = str(failures[0][0] if failures else error).strip() or type(error).__name__
+        raise UserError(f"{path}: cannot be written ({reason.splitlines()[-1]}); make room, then run again "
+                        "with --resume") from None
 
 
 class Checkpointer:
@@ -688,7 +698,8 @@ class Checkpointer:
 
         def finish(hashes):
             files = dict(item for found in hashes for item in found.items())
-            write_text(temporary / "run.json", json.dumps({**self.setup.run_info, "step": step, "files": files}))
+            saved = {**self.setup.run_info, "step": step, "files": files}
+            write_text(temporary / "run.json", json.dumps(saved))
             temporary.rename(target)
             sync(self.folder)
             for old in self.complete()[:-self.setup.args.keep]:
@@ -705,8 +716,8 @@ class Checkpointer:
         saved, dist = read_json(path / "run.json"), self.setup.dist
         for name, value in self.setup.run_info.items():
             if saved.get(name) != value:
-                raise UserError(f"{path}: was written with another --{name} ({saved.get(name)}, now {value}); "
-                                "give the same, or another --out")
+                raise UserError(f"{path}: has another --{name} ({saved.get(name)}, now {value}); give the "
+                                "same, or another --out")
         files = sorted(saved.get("files", {}).items())[dist.rank::dist.world_size]
         as_written = all(sha256_of(path / name) == found for name, found in files)
         if not as_written or path.name != f"step-{saved.get('step', 0):07d}":
@@ -736,10 +747,10 @@ class Log:
         if dist.rank > 0:
             return
         for line in read_text(path).splitlines() if start and path.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or written after the last step
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or without a step
                 entries += [entry for entry in [json.loads(line)] if entry["step"] <= start]
-        checkpoints = (out / "checkpoints").glob(f"{STEP}*")
-        for old in [out / "saving.tmp", *(path for path in checkpoints if path.suffix == ".tmp" or not start)]:
+        leftovers = (out / "checkpoints").glob(f"{STEP}.tmp" if start else f"{STEP}*")
+        for old in [out / "saving.tmp", *leftovers]:
             shutil.rmtree(old, ignore_errors=True)
         self.first = next((entry for entry in entries if entry["step"] == 0), {})  # measured before training
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
@@ -759,12 +770,12 @@ def train(args, stop_signals):
     with Dist.start() as dist, contextlib.ExitStack() as until_exit:
         setup = dist.together(read_setup, args, dist)
         if len(set(dist.gather(digest((vars(args), setup.samples, setup.eval_samples))))) > 1:
-            raise UserError("--data: the processes have other data or other arguments; start all with the same")
+            raise UserError("--data: the processes have other arguments or data; start all with the same")
         if dist.on_rank0(claim, setup, until_exit):
             return dist.print0(f"{args.out}: holds the result of this run already")
         cc, loaded = dist.together(load_for_training, setup)
-        optimizer = torch.optim.AdamW([p for p in cc.parameters() if p.requires_grad], lr=args.lr, betas=BETAS,
-                                      weight_decay=WEIGHT_DECAY, fused=True)
+        trainable = [p for p in cc.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
         checkpointer = Checkpointer(setup, cc, optimizer)
         start = checkpointer.resume() if args.resume else 0
         dist.gather(None)  # every rank has read the folder; rank 0 may write now
@@ -773,10 +784,10 @@ def train(args, stop_signals):
                     f"{str(setup.dtype).removeprefix('torch.')}: {len(setup.samples)} samples, template "
                     f"{setup.tokenizer.template}, {len(setup.steps)} steps"
                     + (f", resumed after step {start}" if start else ""))
-        before = log.first
         if setup.eval_samples and not start:
-            before = {"base_loss": validate(setup, cc, ("none",))["none"], "favourite": favourite_layer(setup, cc)}
-            log.write(step=0, **before)
+            base_loss = validate(setup, cc, ["none"])["none"]
+            log.first = {"base_loss": base_loss, "favourite": favourite_layer(setup, cc)}
+            log.write(step=0, **log.first)
         train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals)
         info = {"run": setup.run_info, "template": setup.tokenizer.template, "method": args.method,
                 "source_layer": setup.config.source_layer, "fusion_layer": setup.config.fusion_layer,
@@ -785,13 +796,8 @@ def train(args, stop_signals):
             info["languages"] = sorted({s.lang for s in setup.samples if s.lang})
             info["matrix"] = fit_matrix(setup, cc)
             log.write(matrix=info["matrix"])
-            shown = " ".join("-" if r is None else f"{r:.2f}" for r in info["matrix"]["r_squared"])
-            dist.print0(f"matrix: fitted on {info['matrix']['prompts']} prompts, R^2 per layer on "
-                        f"{info['matrix']['held_out']} others {shown}")
-            if info["matrix"]["doubt"]:
-                dist.print0(info["matrix"]["doubt"])
         if setup.eval_samples:
-            report_validation(setup, cc, before, log)
+            report_validation(setup, cc, log)
         save_result(setup, cc, loaded.dtypes, info)
         use = ("--lang sw", "") if args.embedded else ("--prompt ...", " --data BENCHMARKS")
         dist.print0(f"saved to {args.out}\nnext: python infer.py --model {args.out} {use[0]}, python eval.py "
@@ -835,18 +841,19 @@ def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
             log.write(step=step + 1, epoch=epoch, eval_loss=losses)
             dist.print0(f"epoch {epoch + 1}/{args.epochs}: validation loss {min(losses.values()):.4f}")
 
-        # save, after the last step too: fitting and saving may be interrupted
+        # save, after the last step too: fitting and saving may be interrupted; not after a skipped step, whose
+        # checkpoint would replace an older, different one
         is_orphan = dist.torchrun not in (None, os.getppid())  # torchrun was killed
         is_stopping = dist.sum(torch.tensor(float(len(stop_signals) + is_orphan), device=dist.device)) > 0
         is_due = args.save_every and is_finite and (is_last or (step + 1) % args.save_every == 0)
         if is_stopping or is_due:
             checkpointer.save(step + 1)
         if is_stopping:
-            dist.print0(f"stopped after step {step + 1} of {len(steps)}, saved in {args.out}/checkpoints; the "
-                        "same command with --resume continues")
+            dist.print0(f"stopped after step {step + 1} of {len(steps)}, saved in {args.out}/checkpoints; "
+                        "continue with --resume")
             raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
     if skipped:
-        dist.print0(f"{skipped} steps were skipped, their loss or gradient was not finite; look for broken samples")
+        dist.print0(f"{skipped} steps were skipped, loss or gradient not finite; check the samples")
 
 
 def save_result(setup, cc, dtypes, info):
@@ -861,7 +868,8 @@ def save_result(setup, cc, dtypes, info):
             pass
         return
     with writing(out, out / "saving.tmp", setup.dist):
-        save_checkpoint(out, args.model, tensors, info, extra, int(1e9 * args.max_shard_size), setup.tokenizer)
+        shard_bytes = int(1e9 * args.max_shard_size)
+        save_checkpoint(out, args.model, tensors, info, extra, shard_bytes, setup.tokenizer)
 
 
 def main():
@@ -871,7 +879,8 @@ def main():
         for what, size in [*sizes.items(), ("together, activations come on top", sum(sizes.values()))]:
             print(f"{size / 1e9:8.2f} GB  {what}")
         return
-    # On SIGTERM or SIGINT: finish the step, save, exit. A second signal ends the run at once.
+    # On SIGTERM or SIGINT: finish the step, save, exit; after the last step: finish the run. A second signal
+    # ends the run at once.
     default = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     stop_signals = []
 
@@ -879,12 +888,10 @@ def main():
         stop_signals.append(number)
         signal.signal(number, default[number])
 
-    before = {number: signal.signal(number, stop) for number in default}
-    try:
+    with contextlib.ExitStack() as until_exit:
+        for number in default:
+            until_exit.callback(signal.signal, number, signal.signal(number, stop))
         train(args, stop_signals)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
