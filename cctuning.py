@@ -74,10 +74,9 @@ class DecisionMaker(nn.Module):
         mean = (activations.float() + embedding).mean(0).to(self.weight.dtype)  # (B, d)
         scores = F.linear(mean, self.weight).float()  # (B, L)
         noisy = scores if noise is None else scores + noise
-        choice = F.one_hot(noisy.argmax(-1), noisy.shape[-1]).to(noisy.dtype)  # (B, L)
-        if noise is not None:
-            soft = noisy.softmax(-1)
-            choice = choice - soft.detach() + soft  # forward: one-hot; backward: softmax
+        hard, soft = F.one_hot(noisy.argmax(-1), noisy.shape[-1]).to(noisy.dtype), noisy.softmax(-1)  # (B, L)
+        # Straight-through: the value of `hard`, the gradient of `soft`.
+        choice = hard if noise is None else hard - soft.detach() + soft
         return torch.einsum("bl,lbd->bd", choice, activations.to(choice.dtype)), scores
 
 

@@ -35,7 +35,7 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -538,7 +538,7 @@ class BootstrapScore(NamedTuple):
     wilson: list | None = None  # interval of a score whose items are all 0 or 1
 
     @classmethod
-    @lru_cache(maxsize=None)  # the tables are made again after each cell
+    @cache  # the tables are made again after each cell
     def of(cls, values, first, seed):
         """values: the items' scores; first: those of the first column.
 
@@ -709,19 +709,19 @@ class Results:
         self.answers.setdefault(column, {})[task, lang] = rows
         self.seconds[task, column] += seconds
 
-        def mean(value):
-            return sum(map(value, rows)) / len(rows)
+        def mean(values):
+            return sum(values) / len(rows)
 
         options = OPTIONS.get(task, "")
-        golds = [mean(lambda row: option in row["gold"]) for option in options]
-        scores = {metric: mean(lambda row: row["scores"][metric]) for metric in rows[0]["scores"]}
+        golds = [mean(option in row["gold"] for row in rows) for option in options]
+        scores = {metric: mean(row["scores"][metric] for row in rows) for metric in rows[0]["scores"]}
         details = {metric: scores[metric] for metric in METRICS[task][1:]}
         if options:
             details |= {"chance": sum(golds) / len(golds), "majority": max(golds)}
-            details |= {f"picked {o}": mean(lambda row: row["choice"] == o) for o in options}
-            details |= {f"likeliest {o}": mean(lambda row: o in likeliest(row)) for o in options}
-            details["unparsed"] = mean(lambda row: row["choice"] is None)
-        details["truncated"] = mean(lambda row: row["truncated"])
+            details |= {f"picked {o}": mean(row["choice"] == o for row in rows) for o in options}
+            details |= {f"likeliest {o}": mean(o in likeliest(row) for row in rows) for o in options}
+            details["unparsed"] = mean(row["choice"] is None for row in rows)
+        details["truncated"] = mean(row["truncated"] for row in rows)
         self.cells.append({
             "column": column, **about, "task": task, "lang": lang, "items": len(rows), "scores": scores,
             "details": details, "unparsed": sum(row["choice"] is None for row in rows) if options else 0,
