@@ -460,7 +460,7 @@ def is_finished(setup):
                             "with --overwrite")
         return False
     existing = Config.read(out).cctuning
-    if args.resume and existing.get("run") == setup.run_info:
+    if args.resume and existing.get("run") == digest(setup.run_info):
         return True
     if not args.overwrite and not (args.embedded and existing.get("arguments", {}).get("embedded") is True):
         raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
@@ -789,7 +789,7 @@ def train(args, stop_signals):
             log.first = {"base_loss": base_loss, "favourite": favourite_layer(setup, cc)}
             log.write(step=0, **log.first)
         train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals)
-        info = {"run": setup.run_info, "template": setup.tokenizer.template, "method": args.method,
+        info = {"run": digest(setup.run_info), "template": setup.tokenizer.template, "method": args.method,
                 "source_layer": setup.config.source_layer, "fusion_layer": setup.config.fusion_layer,
                 "arguments": vars(args)}
         if args.method == "cc":
