@@ -62,6 +62,7 @@ def sentencepiece_model(path, control=(), whole=()):
 
 
 def tokenizer_json(folder, control=(), bos="<s>"):
+    pytest.importorskip("tokenizers", reason="optional package: only tokenizer.json needs it")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tk = Tokenizer(models.BPE())
     tk.pre_tokenizer, tk.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
