@@ -112,8 +112,8 @@ def parse_args(argv=None):
     add("template", "chat template (default: the checkpoint's)", choices=TEMPLATE_NAMES)
     add("seed", "random seed of order, noise and the initial Decision Maker", at_least(0), default=0)
     add("english_grad", "differentiate the English pass too; the paper's code does not", action="store_true")
-    add("source_layer", "ablation, what is fused: decision_maker, random, mean or a layer's number "
-        "(default: the model's)", source_layer)
+    add("source_layer", "ablation, what is fused: decision_maker, random, mean (the last layers dominate "
+        "it) or a layer's number (default: the model's)", source_layer)
     add("fusion_layer", "layer whose FFN it is added to (default: the model's, else 0)", at_least(0))
 
     group = parser.add_argument_group("Transform Matrix")
