@@ -1189,22 +1189,32 @@ def run_script(main):
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    local_rank = 0
+    ranks, code = (0, 1, 0, 1), 0
     try:
-        local_rank = process_ranks()[2]
+        ranks = process_ranks()
         main()
         sys.stdout.flush()
+    except SystemExit as end:
+        code = end.code
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        code = 128 + signal.SIGINT
     except BrokenPipeError:
         silence(sys.stdout)
-        sys.exit(128 + 13)  # as SIGPIPE does
+        code = 128 + 13  # as SIGPIPE does
     except (UserError, OSError) as error:
         if (message := error_line(error)) is None:
             raise
-        if local_rank == 0:  # once per machine: all ranks have the same error
+        if ranks[2] == 0:  # once per machine: all ranks have the same error
             print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    if ranks[1] > 1:
+        # Skip the interpreter's shutdown: gloo's threads outlive the process group, and one that frees a
+        # tensor during the shutdown aborts the process.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code or 0)
+    if code:
+        sys.exit(code)
 
 
 def error_line(error):

@@ -250,6 +250,10 @@ for script, *arguments in json.load(open(sys.argv[1])):
     sys.argv = [script + ".py", *arguments]
     importlib.import_module(script).main()
 """
+LEAVE = """
+sys.stdout.flush()
+__import__("os")._exit(0)  # as run_script does, and why
+"""
 
 
 def launch(folder, world, commands, before="", after="", timeout=200):
@@ -257,7 +261,7 @@ def launch(folder, world, commands, before="", after="", timeout=200):
 
     before, after: code for each process.
     """
-    (folder / "worker.py").write_text(JOIN_ONCE + before + WORK + after)
+    (folder / "worker.py").write_text(JOIN_ONCE + before + WORK + after + LEAVE)
     (folder / "commands.json").write_text(json.dumps([[str(a) for a in command] for command in commands]))
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import sys
 import threading
 from functools import partial
@@ -510,6 +511,30 @@ def test_more_processes_than_gpus(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------- several processes
+
+def test_how_a_process_of_several_ends():
+    """Catches a process that shuts its interpreter down: a thread of gloo that then frees a tensor aborts it. (Seen in
+    one of six runs of two processes on a busy machine, after the result was saved.)"""
+    script = f"""
+import atexit, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from model import UserError, run_script
+os.environ.update(RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
+atexit.register(os.abort)  # where the interpreter shuts down
+
+def fail(error):
+    raise error
+
+for main in (lambda: print("saved"), lambda: fail(SystemExit(143)), lambda: fail(UserError("a: b; c")), lambda: 1 / 0):
+    if not (child := os.fork()):
+        run_script(main)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["saved", "0", "143", "2", "-6"], done
+    assert done.stderr.startswith("error: a: b; c\nTraceback") and "ZeroDivisionError" in done.stderr
+
 
 @pytest.mark.slow
 def test_ranks_that_differ(base, tmp_path):
