@@ -107,122 +107,105 @@ class Config:
                 problem = f"download it from the hub: hf download {folder} --local-dir {folder}"
             raise UserError(f"{path}: not found; {problem}")
         raw = read_json(path)
-        read = ConfigReader(path, raw)
-        family, rope = read.check_implemented(), read.rope
-        sizes = {name: read.number(name, high=largest) for name, largest in LARGEST.items()}
+        family = raw.get("model_type")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, 4
+
+        def require(condition, problem):
+            if not condition:
+                raise UserError(f"{path}: {problem}; correct it, or copy the file again")
+
+        def number(key, default=None, kind=int, source=raw, low=None, high=2 ** 31 - 1):
+            """The number source[key]: positive, or equal to `low`; at most `high`."""
+            value = default if source.get(key) is None else source[key]
+            valid = isinstance(value, (int, kind)) and not isinstance(value, bool) and value <= high
+            require(valid and (value > 0 or value == low),
+                    f"{key} is {value!r}, expected a positive {kind.__name__} up to {high}")
+            return kind(value)
+
+        require(isinstance(rope, dict), f"rope_scaling is {rope!r}, expected an object")
+        require(isinstance(raw.get("layer_types") or [], list), "layer_types is not a list")
+        rope_type = rope.get("rope_type") or rope.get("type") or "default"
+        refuse_unsupported(path, raw, rope, rope_type)
+
+        sizes = {name: number(name, high=largest) for name, largest in LARGEST.items()}
         hidden, layers, heads = sizes["hidden_size"], sizes["num_hidden_layers"], sizes["num_attention_heads"]
-        kv, head_dim = read.number("num_key_value_heads", heads), read.number("head_dim", hidden // heads)
-        read.require(heads % kv == 0 and head_dim % 2 == 0 and heads * head_dim <= LARGEST["hidden_size"]
-                     and (raw.get("head_dim") or hidden % heads == 0),
-                     f"hidden_size {hidden}, {heads} heads, {kv} key/value heads and head_dim {head_dim} "
-                     "do not fit")
-        scaling = {key: read.number(key, kind=float, source=rope) for key in ROPE_SCALING[read.rope_type]}
-        read.require(read.rope_type != "llama3" or scaling["high_freq_factor"] > scaling["low_freq_factor"],
-                     "high_freq_factor must be larger than low_freq_factor")
+        kv, head_dim = number("num_key_value_heads", heads), number("head_dim", hidden // heads)
+        require(heads % kv == 0 and head_dim % 2 == 0 and heads * head_dim <= LARGEST["hidden_size"]
+                and (raw.get("head_dim") or hidden % heads == 0),
+                f"hidden_size {hidden}, {heads} heads, {kv} key/value heads and head_dim {head_dim} do not fit")
         tied = raw.get("tie_word_embeddings", family == "smollm3") or False  # null: False
-        eos, has_bias = raw.get("eos_token_id"), bool(raw.get("attention_bias"))
+        require(isinstance(tied, bool), f"tie_word_embeddings is {tied!r}, expected true or false")
+        has_bias = bool(raw.get("attention_bias")) and family not in ("mistral", "qwen2")  # ignored there
+        bos, eos = raw.get("bos_token_id"), raw.get("eos_token_id")
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        read.require(isinstance(tied, bool), f"tie_word_embeddings is {tied!r}, expected true or false")
-        read.require(all(isinstance(i, int) for i in eos), f"eos_token_id is {eos!r}, expected ids")
-        has_bias &= family not in ("mistral", "qwen2")  # transformers ignores it there
+        require(all(isinstance(i, int) for i in eos), f"eos_token_id is {eos!r}, expected ids")
+
+        scaling = {key: number(key, kind=float, source=rope) for key in ROPE_SCALING[rope_type]}
+        require(rope_type != "llama3" or scaling["high_freq_factor"] > scaling["low_freq_factor"],
+                "high_freq_factor must be larger than low_freq_factor")
+        # SmolLM3 rotates no queries and keys in every fourth layer. no_rope_layers: 1 for a layer with rotation.
+        rotated = [1] * layers
+        if family == "smollm3":
+            interval = number("no_rope_layer_interval", 4)
+            rotated = raw.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(layers)]
+        require(isinstance(rotated, list) and len(rotated) == layers and all(i in (0, 1) for i in rotated),
+                f"no_rope_layers is {rotated!r}, expected a 0 or 1 for each of {layers} layers")
+
+        length = number("max_position_embeddings", 2048)
+        if rope_type == "linear" and not rope.get("original_max_position_embeddings"):
+            length = max(length, number("max_sequence_length", int(length * scaling["factor"])))
+        slides = (family == "mistral" or raw.get("use_sliding_window")
+                  or "sliding_attention" in (raw.get("layer_types") or []))
+        if slides and raw.get("sliding_window") not in (0, -1):
+            length = min(length, number("sliding_window", length))
+
+        info = raw.get("cctuning", {})
+        require(isinstance(info, dict) and isinstance(info.get("matrix", {}), dict), "cctuning is malformed")
+        languages, fusion = info.get("languages", []), info.get("fusion_layer", 0)
+        source = info.get("source_layer", "decision_maker")
+        require(isinstance(languages, list) and all(isinstance(lang, str) for lang in languages),
+                "cctuning.languages is not a list of language codes")
+        require(fusion in range(layers) and source in (*SOURCES, *range(layers)),
+                f"cctuning names the layers {fusion!r} and {source!r}, the model has {layers}")
         return cls(
             **sizes,
             num_key_value_heads=kv,
             head_dim=head_dim,
-            rms_norm_eps=read.number("rms_norm_eps", 1e-6, float),
-            rope_theta=read.number("rope_theta", raw.get("rope_theta", 10000.0), float, rope, high=1e12),
-            rope_scaling=dict(scaling, rope_type=read.rope_type) if scaling else {},
+            rms_norm_eps=number("rms_norm_eps", 1e-6, float),
+            rope_theta=number("rope_theta", raw.get("rope_theta", 10000.0), float, rope, high=1e12),
+            rope_scaling=dict(scaling, rope_type=rope_type) if scaling else {},
             tie_word_embeddings=tied,
             qkv_bias=has_bias or family == "qwen2",
             output_bias=has_bias,
             qk_norm=family == "qwen3",
-            rope_layers=read.rope_layers(layers),
-            initializer_range=read.number("initializer_range", 0.02, float, low=0),
-            max_length=read.max_length(),
-            bos_token_id=raw["bos_token_id"] if isinstance(raw.get("bos_token_id"), int) else None,
+            rope_layers=tuple(map(bool, rotated)),
+            initializer_range=number("initializer_range", 0.02, float, low=0),
+            max_length=length,
+            bos_token_id=bos if isinstance(bos, int) else None,
             eos_token_ids=tuple(eos),
-            **read.connection(layers),
+            fusion_layer=fusion,
+            source_layer=source,
+            cctuning=info,
         )
 
 
-class ConfigReader:
-    """The parts of a config.json, checked."""
-
-    def __init__(self, path, raw):
-        self.path, self.raw = path, raw
-        self.family = raw.get("model_type")
-        self.rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, 4
-        self.require(isinstance(self.rope, dict), f"rope_scaling is {self.rope!r}, expected an object")
-        self.rope_type = self.rope.get("rope_type") or self.rope.get("type") or "default"
-
-    def require(self, condition, problem):
-        if not condition:
-            raise UserError(f"{self.path}: {problem}; correct it, or copy the file again")
-
-    def number(self, key, default=None, kind=int, source=None, low=None, high=2 ** 31 - 1):
-        """The number source[key]: positive, or equal to `low`; at most `high`."""
-        value = default if (source or self.raw).get(key) is None else (source or self.raw)[key]
-        valid = isinstance(value, (int, kind)) and not isinstance(value, bool) and value <= high
-        self.require(valid and (value > 0 or value == low),
-                     f"{key} is {value!r}, expected a positive {kind.__name__} up to {high}")
-        return kind(value)
-
-    def check_implemented(self):
-        """The model_type. Raises UserError for features that are not implemented."""
-        raw = self.raw
-        why = next((why for part, why in OTHERS.items() if part in str(self.family)), "another architecture")
-        kinds = raw.get("layer_types") or []
-        self.require(isinstance(kinds, list), f"layer_types is {kinds!r}, expected a list")
-        kinds = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
-        for feature, found in {
-            f"model_type {self.family!r} ({why})": self.family not in FAMILIES,
-            "quantization_config (quantised weights)": raw.get("quantization_config") is not None,
-            "mlp_bias": raw.get("mlp_bias"),
-            f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
-            f"rope type {self.rope_type!r}": str(self.rope_type) not in ROPE_SCALING,
-            "partial_rotary_factor": {**raw, **self.rope}.get("partial_rotary_factor") not in (None, 1),
-            f"layer_types {kinds[:1]}": kinds,
-        }.items():
-            if found:
-                raise UserError(f"{self.path}: {feature} is not supported; use another model (model_type "
-                                f"{', '.join(FAMILIES)}), or extend Config.read in model.py")
-        return self.family
-
-    def rope_layers(self, layers):
-        """SmolLM3: no rotary positions in every fourth layer; no_rope_layers is 1 for layers with them."""
-        listed = self.raw.get("no_rope_layers") if self.family == "smollm3" else [1] * layers
-        if listed is None:
-            interval = self.number("no_rope_layer_interval", 4)
-            listed = [(i + 1) % interval != 0 for i in range(layers)]
-        self.require(isinstance(listed, list) and len(listed) == layers and all(i in (0, 1) for i in listed),
-                     f"no_rope_layers is {listed!r}, expected a 0 or 1 for each of {layers} layers")
-        return tuple(map(bool, listed))
-
-    def max_length(self):
-        """max_position_embeddings, times the factor of linear scaling; at most the sliding window."""
-        length = self.number("max_position_embeddings", 2048)
-        if self.rope_type == "linear" and not self.raw.get("max_sequence_length"):
-            original = self.rope.get("original_max_position_embeddings")
-            length = length if original else int(length * self.number("factor", kind=float, source=self.rope))
-        length = max(length, self.number("max_sequence_length", length))
-        slides = (self.family == "mistral" or self.raw.get("use_sliding_window")
-                  or "sliding_attention" in (self.raw.get("layer_types") or []))
-        if slides and self.raw.get("sliding_window") not in (0, -1):
-            length = min(length, self.number("sliding_window", length))
-        return length
-
-    def connection(self, layers):
-        """The fields fusion_layer, source_layer and cctuning."""
-        info = self.raw.get("cctuning", {})
-        self.require(isinstance(info, dict) and isinstance(info.get("matrix", {}), dict),
-                     "cctuning is malformed")
-        languages, fusion = info.get("languages", []), info.get("fusion_layer", 0)
-        source = info.get("source_layer", "decision_maker")
-        self.require(isinstance(languages, list) and all(isinstance(lang, str) for lang in languages),
-                     "cctuning.languages is not a list of language codes")
-        self.require(fusion in range(layers) and source in (*SOURCES, *range(layers)),
-                     f"cctuning names the layers {fusion!r} and {source!r}, the model has {layers}")
-        return {"fusion_layer": fusion, "source_layer": source, "cctuning": info}
+def refuse_unsupported(path, raw, rope, rope_type):
+    """Raise UserError for what the decoder does not implement."""
+    family = raw.get("model_type")
+    why = next((why for part, why in OTHERS.items() if part in str(family)), "another architecture")
+    kinds = {*map(str, raw.get("layer_types") or [])} - {"full_attention", "sliding_attention"}
+    for feature, found in {
+        f"model_type {family!r} ({why})": family not in FAMILIES,
+        "quantization_config (quantised weights)": raw.get("quantization_config") is not None,
+        "mlp_bias": raw.get("mlp_bias"),
+        f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+        f"rope type {rope_type!r}": str(rope_type) not in ROPE_SCALING,
+        "partial_rotary_factor": {**raw, **rope}.get("partial_rotary_factor") not in (None, 1),
+        f"layer_types {sorted(kinds)}": kinds,
+    }.items():
+        if found:
+            raise UserError(f"{path}: {feature} is not supported; use another model (model_type "
+                            f"{', '.join(FAMILIES)}), or extend Config.read in model.py")
 
 
 # ------------------------------------------------------------------------------------------------ decoder
