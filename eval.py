@@ -35,7 +35,6 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -56,6 +55,11 @@ METRICS = defaultdict(lambda: ("exact", "contained", "f1"), {  # of each task, i
     **dict.fromkeys(("XQuAD", "MKQA"), ("contained", "exact", "f1"))})
 MAX_NEW_TOKENS = defaultdict(lambda: 32, XLSum=128, **dict.fromkeys(OPTIONS, 24))  # 32 cut most summaries
 LIKELIHOOD = ", likelihood"  # added to a task's name in the rows of this metric
+FLAGS = {  # of an answer: what is said of the number of answers that have it
+    "unparsed": "answers named no option, or several, and count as wrong",
+    "truncated": "answers were cut at --max_new_tokens",
+    "shortened": "prompts were shortened to fit",
+    "unreachable": "golds are dates, yes or no; data/languages.json lacks the words"}
 RESAMPLES, PERMUTATIONS = 1000, 10000
 HERE = Path(__file__).resolve().parent
 LANGUAGE_TABLES = read_json(HERE / "data" / "languages.json")
@@ -82,7 +86,7 @@ def parse_args(argv=None):
 
 def task_folder(task, kind):
     """The folder of a task's prompts (kind "split") or gold answers ("ans"), complete or sampled."""
-    return next((task / name for name in (kind, f"{kind}_sample") if (task / name).is_dir()), task / kind)
+    return task / (kind if (task / kind).is_dir() else f"{kind}_sample")
 
 
 def select(option, text, known, where):
@@ -90,18 +94,17 @@ def select(option, text, known, where):
     if not known:
         raise UserError(f"{where}: no benchmark found; expected TASK/split/LANG.json or split_sample")
     names = text.split(",") if text else known
-    for i, name in enumerate(names):
+    for name in names:
         if name not in known:
             raise UserError(f"{option}: unknown name {name!r}; {where} has {', '.join(known)}")
-        if name in names[:i]:
+        if names.count(name) > 1:
             raise UserError(f"{option}: {name} is named twice; name it once")
     return names
 
 
 def find_tasks(data, tasks, langs):
     """[(task, language)] to run. tasks, langs: comma-separated names, or None for all."""
-    data = Path(data)
-    folders = {path.name: task_folder(path, "split") for path in sorted(data.glob("*"))}
+    folders = {path.name: task_folder(path, "split") for path in sorted(Path(data).glob("*"))}
     known = [name for name, folder in folders.items() if folder.is_dir()]
     return [(name, lang) for name in select("--tasks", tasks, known, data)
             for lang in select("--langs", langs, sorted(path.stem for path in folders[name].glob("*.json")),
@@ -110,8 +113,7 @@ def find_tasks(data, tasks, langs):
 
 def read_task(data, name, lang, limit):
     """The Records of a task in a language; `answer` is the list of gold answers."""
-    task = Path(data) / name
-    own, golds = (task_folder(task, kind) / f"{lang}.json" for kind in ("split", "ans"))
+    own, golds = (task_folder(Path(data, name), kind) / f"{lang}.json" for kind in ("split", "ans"))
     english = own.parent.with_name(own.parent.name + "_en") / own.name
     if not english.parent.is_dir():
         english = own.with_name("en.json")
@@ -120,11 +122,10 @@ def read_task(data, name, lang, limit):
     for file, found in ((golds, gold_values), (english, versions)):
         if len(found) != len(records):
             raise UserError(f"{file}: has {len(found)} items, {own} has {len(records)}; copy both again")
-    items, options = [], OPTIONS.get(name)
+    items, options = [], [*OPTIONS.get(name, "")]
     for record, version, (where, value) in list(zip(records, versions, gold_values, strict=True))[:limit]:
         gold = value if isinstance(value, list) else [value]  # one answer, or all that are right
-        valid = all(isinstance(g, str) and g.strip() and (not options or g in [*options]) for g in gold)
-        if not gold or not valid:
+        if not gold or not all(isinstance(g, str) and (g in options if options else g.strip()) for g in gold):
             expected = "one of " + ", ".join(options) if options else "a text or a list of texts"
             raise UserError(f"{where}: gold answer is {value!r}, expected {expected}; correct the file")
         items.append(record._replace(english=version and version.prompt, answer=gold))
@@ -154,8 +155,8 @@ def option_forms(item, task, tokenizer):
 
 
 def encode(engine, task, items, max_new_tokens):
-    """The Prompts of a task in one language, and which of them were shortened to leave room for an answer."""
-    tokenizer, shortened, prompts = engine.tokenizer, [], []
+    """The Prompts of a task in one language, and its items, shortened to leave room for an answer."""
+    tokenizer, prompts, fitting = engine.tokenizer, [], []
     for number, item in enumerate(items):
         forms = option_forms(item, task, tokenizer) if task in OPTIONS else {}
         longest = max([max_new_tokens, *(len(form) for found in forms.values() for form in found)])
@@ -163,13 +164,12 @@ def encode(engine, task, items, max_new_tokens):
         if room < len(tokenizer.prompt("")) + 16:
             raise UserError(f"--max_new_tokens: answers of {longest} tokens leave no room for a prompt in "
                             f"the model's {engine.config.max_length}; lower it, or leave out {task}")
-        english = item.english if engine.connection == "english" else None
-        fitting = item._replace(prompt=shorten(item.prompt, tokenizer, room),
-                                english=english and shorten(english, tokenizer, room))
-        shortened.append((fitting.prompt, fitting.english) != (item.prompt, english))
-        prompts.append(engine.encode(fitting, number))
+        fitting.append(item._replace(prompt=shorten(item.prompt, tokenizer, room)))
+        if engine.connection == "english" and item.english:
+            fitting[-1] = fitting[-1]._replace(english=shorten(item.english, tokenizer, room))
+        prompts.append(engine.encode(fitting[-1], number))
         prompts[-1].forms = forms
-    return prompts, shortened
+    return prompts, fitting
 
 
 def model_digest(folder):
@@ -186,7 +186,7 @@ def give_answers(engine, model, path, task, items, args, dist):
     model: the digest of its folder. Several processes share the prompts; all get the same rows.
     """
     max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS[task]
-    prompts, shortened = encode(engine, task, items, max_new_tokens)
+    prompts, fitting = encode(engine, task, items, max_new_tokens)
     texts, ids = [item.prompt for item in items], [(prompt.ids, prompt.english_ids) for prompt in prompts]
     wanted = digest((model, engine.connection, engine.dtype, max_new_tokens, texts, ids))
     if not args.again and (rows := dist.on_rank0(read_answers, path, len(items), wanted)):
@@ -195,15 +195,12 @@ def give_answers(engine, model, path, task, items, args, dist):
               disable=dist.rank > 0 or None) as progress:
         answers = engine.answer_all(prompts, args.batch_size, max_new_tokens, progress=progress,
                                     rank=dist.rank, world_size=dist.world_size)
-    rows = []
-    for n, of_ranks in enumerate(zip(*dist.gather(answers), strict=True)):
-        given = next(answer for answer in of_ranks if answer)
-        likelihood = {option: round(value, 4) for option, value in (given.likelihood or {}).items()}
-        rows.append({"digest": wanted, "item": n, "answer": engine.tokenizer.decode(given.ids),
-                     "tokens": len(given.ids), "truncated": len(given.ids) >= max_new_tokens,
-                     "shortened": shortened[n], "likelihood": likelihood, "layer": given.layer,
-                     "layers": engine.config.num_hidden_layers})
-    return rows
+    answers = [next(filter(None, of_ranks)) for of_ranks in zip(*dist.gather(answers), strict=True)]
+    return [{"digest": wanted, "item": n, "answer": engine.tokenizer.decode(answer.ids),
+             "tokens": len(answer.ids), "truncated": len(answer.ids) >= max_new_tokens,
+             "shortened": fitting[n] != items[n], "layer": answer.layer,
+             "likelihood": {option: round(value, 4) for option, value in (answer.likelihood or {}).items()},
+             "layers": engine.config.num_hidden_layers} for n, answer in enumerate(answers)]
 
 
 def read_answers(path, count, wanted=None):
@@ -513,61 +510,65 @@ def likeliest(row):
 
 
 def score_row(task, lang, item, row):
-    """A row of OUT/answers with the option that its answer names, the golds and its scores, 0 to 1."""
-    text, named = row["answer"], None
+    """A row of OUT/answers with the option that its answer names, the golds, its scores, 0 to 1, and FLAGS."""
+    text, golds, named = row["answer"], item.answer, None
     if task in OPTIONS:
         named = choice(text, OPTIONS[task], option_texts(item.prompt, OPTIONS[task]))
         best = likeliest(row)
-        scores = {"accuracy": float(named in item.answer),
-                  "likelihood": sum(option in item.answer for option in best) / len(best)}  # ties share
+        scores = {"accuracy": float(named in golds),
+                  "likelihood": sum(option in golds for option in best) / len(best)}  # ties share
     elif task == "XLSum":
-        scores = {"rouge_l": max(rouge_l(text, gold) for gold in item.answer)}
+        scores = {"rouge_l": max(rouge_l(text, gold) for gold in golds)}
     else:
-        scores = open_scores(text, item.answer, lang)
+        scores = open_scores(text, golds, lang)
         scores = {metric: scores[metric] for metric in METRICS[task]}
-    return {**row, "choice": named, "gold": item.answer, "scores": scores}
+    return {**row, "choice": named, "gold": golds, "scores": scores,
+            "unparsed": task in OPTIONS and named is None, "unreachable": unreachable(golds, lang)}
 
 
 # -------------------------------------------------------------------------------------------- statistics
 
 class BootstrapScore(NamedTuple):
-    """The score of a column on a task in a language, or a mean of such scores, with its resamples."""
+    """The score of a column on a task in a language, or a mean of such scores, with its resamples.
+
+    All columns have the same resamples, so that differences between them are paired.
+    """
     score: float
-    resampled: np.ndarray  # (RESAMPLES,) scores of bootstrap samples, the same items for all columns
-    flipped: np.ndarray  # (PERMUTATIONS,) differences to the first column, with random signs of the items
+    resampled: np.ndarray  # (RESAMPLES,) scores of bootstrap samples of the items
+    flipped: np.ndarray  # (PERMUTATIONS,) scores with random signs of the items
     wilson: list | None = None  # interval of a score whose items are all 0 or 1
 
     @classmethod
-    @cache  # the tables are made again after each cell
-    def of(cls, values, first, seed):
-        """values: the items' scores; first: those of the first column.
+    def of(cls, values, task):
+        """values: the items' scores.
 
-        seed: one per task. All languages of a task contain the same items. Use the same resamples for all of
+        One seed per task. All languages of a task contain the same items. Use the same resamples for all of
         them; otherwise the interval of the mean is too narrow.
         """
         interval, count = wilson(values) if {*values} <= {0, 1} else None, len(values)
-        values, differences = np.array(values), np.array(values) - np.array(first)
-        rng = np.random.default_rng(seed)  # in portions, for tasks with many items
+        values, rng = np.array(values), np.random.default_rng(zlib.crc32(task.encode()))
+        # in portions, for tasks with many items
         resampled = [values[rng.integers(count, size=(100, count))].mean(1) for _ in range(RESAMPLES // 100)]
-        flipped = [rng.choice(np.array((-1, 1), "int8"), size=(100, count)) @ differences / count
+        flipped = [rng.choice(np.array((-1, 1), "int8"), size=(100, count)) @ values / count
                    for _ in range(PERMUTATIONS // 100)]
         return cls(values.mean(), np.concatenate(resampled), np.concatenate(flipped), interval)
 
     @classmethod
     def mean(cls, scores):
-        """The mean of scores; None if one is missing."""
-        if any(score is None for score in scores):
-            return None
         return cls(*(np.mean(found, axis=0) for found in list(zip(*scores, strict=True))[:3]))
 
     def summary(self, first):
-        """Score, 95 % interval, difference to the first column with its interval and two-sided p-value."""
+        """Score, 95 % interval, difference to the first column with its interval and two-sided p-value.
+
+        The p-value is that of a paired permutation test: the signs of the items' differences are drawn.
+        """
         interval, of_difference = (np.percentile(found, (2.5, 97.5)).tolist()
                                    for found in (self.resampled, self.resampled - first.resampled))
         difference = float(self.score - first.score)
-        p = (1 + (abs(self.flipped) >= abs(difference) - 1e-12).sum()) / (1 + PERMUTATIONS)
+        as_large = abs(self.flipped - first.flipped) >= abs(difference) - 1e-12
         return {"score": float(self.score), "interval": self.wilson or interval,
-                "difference": difference, "difference_interval": of_difference, "p": float(p)}
+                "difference": difference, "difference_interval": of_difference,
+                "p": float((1 + as_large.sum()) / (1 + PERMUTATIONS))}
 
 
 def wilson(values):
@@ -577,103 +578,81 @@ def wilson(values):
     return [max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))]
 
 
-def holm(rows):
-    """Add "p_holm", p-values corrected for their number, to the comparisons in the tasks' mean rows."""
-    cells = [cell for task, lang, cells in rows if lang.startswith("mean") and task != "all"
-             for cell in cells[1:] if cell]
+def with_means(scores):
+    """[(task, language, {column: BootstrapScore})] with means, unweighted over languages, then over tasks.
+
+    scores: {task: {language: {column: BootstrapScore}}}. After a task's languages come "mean" and, if it has
+    English, "mean without en"; after the tasks those of "all". Likelihood counts as a task of its own, after
+    the others and not in "all".
+    """
+    def mean(group):
+        return {column: BootstrapScore.mean([columns[column] for columns in group])
+                for column in group[0] if all(column in columns for columns in group)}
+
+    found = {}
+    for task, langs in sorted(scores.items(), key=lambda item: LIKELIHOOD in item[0]):
+        found[task] = langs | {"mean": mean([*langs.values()])}
+        if others := [columns for lang, columns in langs.items() if lang != "en"]:
+            found[task]["mean without en"] = mean(others)
+    known = dict.fromkeys(lang for langs in found.values() for lang in langs)
+    groups = {lang: [langs[lang] for task, langs in found.items() if lang in langs and LIKELIHOOD not in task]
+              for lang in known}
+    found["all"] = {lang: mean(group) for lang, group in groups.items() if len(group) > 1}
+    return [(task, lang, columns) for task, langs in found.items() for lang, columns in langs.items()
+            if lang != "mean without en" or "en" in (known if task == "all" else langs)]
+
+
+def holm(summaries):
+    """Add "p_holm", p-values corrected for their number, to the comparisons of the tasks' means."""
+    cells = [s for s in summaries if s["lang"].startswith("mean") and s["task"] != "all"
+             and s["column"] != summaries[0]["column"]]
     largest = 0.0
     for rank, cell in enumerate(sorted(cells, key=lambda cell: cell["p"])):
         largest = cell["p_holm"] = max(largest, min(1.0, (len(cells) - rank) * cell["p"]))
-    return rows
-
-
-def compare(columns):
-    """{(task, lang): a BootstrapScore per column} from each column's {(task, lang): scored answers}.
-
-    None where a column has no answers yet. Likelihood counts as a task of its own, after the others.
-    """
-    scores = {}
-    for suffix in ("", LIKELIHOOD):
-        for task, lang in columns[0]:
-            metric = "likelihood" if suffix else METRICS[task][0]
-            found = [column.get((task, lang)) for column in columns]
-            values = [rows and tuple(row["scores"].get(metric) for row in rows) for rows in found]
-            if values[0][0] is not None:
-                seed = zlib.crc32(task.encode())
-                scores[task + suffix, lang] = [v and BootstrapScore.of(v, values[0], seed) for v in values]
-    return scores
-
-
-def averages(scores):
-    """[(task, language, summary per column)] from {(task, lang): a BootstrapScore per column}.
-
-    After a task's languages come "mean" and, if it has English, "mean without en"; after the tasks those of
-    "all", which leaves out likelihood.
-    """
-    def mean(group):
-        return [BootstrapScore.mean(column) for column in zip(*group, strict=True)]
-
-    found, with_english = {}, {task for task, lang in scores if lang == "en"}
-    tasks = list(dict.fromkeys(task for task, _ in scores))
-    for task in tasks:
-        langs = {lang: columns for (t, lang), columns in scores.items() if t == task}
-        found |= {(task, lang): columns for lang, columns in langs.items()}
-        found[task, "mean"] = mean(langs.values())
-        if others := [columns for lang, columns in langs.items() if lang != "en"]:
-            found[task, "mean without en"] = mean(others)
-    if with_english:
-        with_english.add("all")
-    for lang in dict.fromkeys(lang for _, lang in found):
-        group = [found[task, lang] for task in tasks if LIKELIHOOD not in task and (task, lang) in found]
-        if len(group) > 1:
-            found["all", lang] = mean(group)
-    return holm([(task, lang, [score and score.summary(columns[0]) for score in columns])
-                 for (task, lang), columns in found.items()
-                 if lang != "mean without en" or task in with_english])
+    return summaries
 
 
 # ----------------------------------------------------------------------------------------------- results
 
-def table(rows):
-    """Rows of cells as a Markdown table; the first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+def table(head, rows):
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-def score_rows(rows, columns):
-    """Scores in per cent with their intervals, per task and language."""
-    def show(cell):
-        score, low, high = (100 * x for x in (cell["score"], *cell["interval"]))
-        return f"{score:.1f} ({low:.1f}-{high:.1f})"
-
-    yield ["task", "language", *columns]
-    for task, lang, cells in rows:
-        yield [task, lang, *(show(cell) if cell else "" for cell in cells)]
+def side_by_side(head, columns, cells):
+    """A Markdown table with a row per (task, name) from cells (task, name, column, text)."""
+    rows = {}
+    for task, name, column, text in cells:
+        rows.setdefault((task, name), {})[column] = text
+    return table([*head, *columns], [[*row, *(texts.get(column, "") for column in columns)]
+                                     for row, texts in rows.items()])
 
 
-def comparison_rows(rows, columns):
+def score_cells(summaries):
+    """Scores in per cent with their intervals, for side_by_side."""
+    for s in summaries:
+        score, low, high = (100 * x for x in (s["score"], *s["interval"]))
+        yield s["task"], s["lang"], s["column"], f"{score:.1f} ({low:.1f}-{high:.1f})"
+
+
+def comparison_rows(summaries):
     """Differences of the means to the first column, in per cent."""
-    yield ["task", "language", f"against {columns[0]}", "difference", "95 % interval", "p", "Holm's p"]
-    for task, lang, cells in rows:
-        for column, cell in list(zip(columns, cells, strict=True))[1:]:
-            if cell and lang.startswith("mean"):
-                difference, low, high = (100 * x for x in (cell["difference"], *cell["difference_interval"]))
-                yield [task, lang, column, f"{difference:+.1f}", f"{low:+.1f} to {high:+.1f}",
-                       f"{cell['p']:.4f}", f"{cell['p_holm']:.4f}" if "p_holm" in cell else ""]
+    for s in summaries:
+        if s["column"] != summaries[0]["column"] and s["lang"].startswith("mean"):
+            difference, low, high = (100 * x for x in (s["difference"], *s["difference_interval"]))
+            yield [s["task"], s["lang"], s["column"], f"{difference:+.1f}", f"{low:+.1f} to {high:+.1f}",
+                   f"{s['p']:.4f}", f"{s['p_holm']:.4f}" if "p_holm" in s else ""]
 
 
-def detail_rows(cells, seconds, columns):
+def detail_cells(cells, seconds):
     """What explains the scores: means over languages in per cent; items and seconds of each task."""
-    yield ["task", "mean of", *columns]
-    for task in dict.fromkeys(cell["task"] for cell in cells):
-        groups = [[cell for cell in cells if (cell["task"], cell["column"]) == (task, column)]
-                  for column in columns]
-        for what in groups[0][0]["details"]:
-            means = [100 * np.mean([cell["details"][what] for cell in group]) if group else None
-                     for group in groups]
-            yield [task, what, *("" if mean is None else f"{mean:.1f}" for mean in means)]
-        yield [task, "items", *(str(sum(cell["items"] for cell in group)) for group in groups)]
-        yield [task, "seconds", *(f"{seconds[task, column]:.1f}" for column in columns)]
+    for (task, column), duration in seconds.items():
+        group = [cell for cell in cells if (cell["task"], cell["column"]) == (task, column)]
+        for what in group[0]["details"]:
+            yield task, what, column, f"{100 * np.mean([cell['details'][what] for cell in group]):.1f}"
+        yield task, "items", column, str(sum(cell["items"] for cell in group))
+        yield task, "seconds", column, f"{duration:.1f}"
 
 
 def load_plot():
@@ -686,18 +665,18 @@ def load_plot():
 
 def commit():
     """The commit of this code; None where it or git is missing."""
+    command = ["git", "-C", HERE, "rev-parse", "HEAD"]
     try:
-        command = ["git", "-C", HERE, "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 class Results:
-    """The scored answers of each column (a model with one connection), and a result per cell."""
+    """A cell per column (a model with one connection), task and language, and what is made of them."""
 
     def __init__(self, args):
-        self.answers, self.cells = {}, []  # answers: {column: {(task, lang): rows}}
+        self.cells, self.scores = [], {}  # scores: {task: {language: {column: BootstrapScore}}}
         self.seconds = Counter()  # {(task, column): seconds}, all languages together
         self.about = {
             "arguments": vars(args), "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(),
@@ -706,54 +685,55 @@ class Results:
 
     def add(self, column, task, lang, rows, seconds, **about):
         """Take over a column's scored answers to a task in one language. about: model and connection."""
-        self.answers.setdefault(column, {})[task, lang] = rows
-        self.seconds[task, column] += seconds
-
         def mean(values):
             return sum(values) / len(rows)
 
-        options = OPTIONS.get(task, "")
-        golds = [mean(option in row["gold"] for row in rows) for option in options]
-        scores = {metric: mean(row["scores"][metric] for row in rows) for metric in rows[0]["scores"]}
-        details = {metric: scores[metric] for metric in METRICS[task][1:]}
-        if options:
+        values = {metric: [row["scores"][metric] for row in rows] for metric in rows[0]["scores"]}
+        for metric, name in ((METRICS[task][0], task), ("likelihood", task + LIKELIHOOD)):
+            if metric in values:
+                columns = self.scores.setdefault(name, {}).setdefault(lang, {})
+                columns[column] = BootstrapScore.of(values[metric], task)
+        self.seconds[task, column] += seconds
+        details = {metric: mean(values[metric]) for metric in METRICS[task][1:]}
+        if options := OPTIONS.get(task):
+            golds = [mean(option in row["gold"] for row in rows) for option in options]
             details |= {"chance": sum(golds) / len(golds), "majority": max(golds)}
             details |= {f"picked {o}": mean(row["choice"] == o for row in rows) for o in options}
             details |= {f"likeliest {o}": mean(o in likeliest(row) for row in rows) for o in options}
-            details["unparsed"] = mean(row["choice"] is None for row in rows)
+            details["unparsed"] = mean(row["unparsed"] for row in rows)
         details["truncated"] = mean(row["truncated"] for row in rows)
+        layers = [row["layer"] for row in rows if row["layer"] is not None]
         self.cells.append({
-            "column": column, **about, "task": task, "lang": lang, "items": len(rows), "scores": scores,
-            "details": details, "unparsed": sum(row["choice"] is None for row in rows) if options else 0,
-            **{flag: sum(row[flag] for row in rows) for flag in ("truncated", "shortened")},
-            "unreachable": sum(unreachable(row["gold"], lang) for row in rows)})
+            "column": column, **about, "task": task, "lang": lang, "items": len(rows),
+            "scores": {metric: mean(found) for metric, found in values.items()}, "details": details,
+            "layers": np.bincount(layers, minlength=rows[0]["layers"]).tolist() if layers else None,
+            **{flag: sum(row[flag] for row in rows) for flag in FLAGS}})
 
     def write(self, out, plots=None):
         """Write results.json, results.md and, if `plots` names a folder, the pictures. Returns the tables."""
-        columns, rows = list(self.answers), averages(compare(list(self.answers.values())))
-        tables = [score_rows(rows, columns), detail_rows(self.cells, self.seconds, columns)]
+        first = self.cells[0]["column"]
+        summaries = holm([{"task": task, "lang": lang, "column": column, **score.summary(columns[first])}
+                          for task, lang, columns in with_means(self.scores)
+                          for column, score in columns.items()])
+        columns = list(dict.fromkeys(cell["column"] for cell in self.cells))
+        tables = [side_by_side(["task", "language"], columns, score_cells(summaries)),
+                  side_by_side(["task", "mean of"], columns, detail_cells(self.cells, self.seconds))]
         if len(columns) > 1:
-            tables.insert(1, comparison_rows(rows, columns))
-        tables = "\n\n".join(table(list(lines)) for lines in tables)
-        summaries = [{"task": task, "lang": lang, "column": column, **cell} for task, lang, cells in rows
-                     for column, cell in zip(columns, cells, strict=True) if cell]
+            head = ["task", "language", f"against {first}", "difference", "95 % interval", "p", "Holm's p"]
+            tables.insert(1, table(head, comparison_rows(summaries)))
         everything = {**self.about, "results": self.cells, "summaries": summaries,
                       "seconds": [[*of, seconds] for of, seconds in self.seconds.items()]}
         write_text(out / "results.json", json.dumps(everything, indent=1))
-        write_text(out / "results.md", tables + "\n")
+        write_text(out / "results.md", "\n\n".join(tables) + "\n")
         if plots:
-            load_plot()(Path(plots), rows, self)
-        return tables
+            load_plot()(Path(plots), self.cells, summaries)
+        return "\n\n".join(tables)
 
     def notices(self):
         """What a reader of the tables must know, line by line."""
-        meanings = {"unparsed": "answers named no option, or several, and count as wrong",
-                    "truncated": "answers were cut at --max_new_tokens",
-                    "shortened": "prompts were shortened to fit",
-                    "unreachable": "golds are dates, yes or no; data/languages.json lacks the words"}
-        for what, meaning in meanings.items():
-            for column in self.answers:
-                if count := sum(cell[what] for cell in self.cells if cell["column"] == column):
+        for flag, meaning in FLAGS.items():
+            for column in dict.fromkeys(cell["column"] for cell in self.cells):
+                if count := sum(cell[flag] for cell in self.cells if cell["column"] == column):
                     yield f"{column}: {count} {meaning}"
         for task in dict.fromkeys(cell["task"] for cell in self.cells):
             if len({cell["items"] for cell in self.cells if cell["task"] == task}) > 1:
@@ -807,13 +787,6 @@ def open_columns(model, folder, args, results, dist):
         dist.print0(notice, file=sys.stderr)
 
 
-def column_name(model, connection, args):
-    """The model, the connection or both: what several columns differ in."""
-    if len(args.connection or ()) < 2:
-        return model
-    return f"{model}, {connection}" if len(args.model) > 1 else connection
-
-
 def main():
     args = parse_args()
     out, results = Path(args.out), Results(args)
@@ -836,7 +809,9 @@ def main():
         for model in args.model:
             folder = out / "answers" / quote(relative(model), safe="")
             for connection, engine in open_columns(model, folder, args, results, dist):
-                evaluate(engine, column_name(model, connection, args), Path(f"{folder}_{connection}"), todo,
+                names = [name for name, given in ((model, args.model), (connection, args.connection or ()))
+                         if len(given) > 1]  # what several columns differ in
+                evaluate(engine, ", ".join(names) or model, Path(f"{folder}_{connection}"), todo,
                          args, dist, results, model=model, connection=connection)
                 del engine  # before the next model is loaded
         if not results.cells:

@@ -9,44 +9,42 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-def draw(folder, rows, results):
+def draw(folder, cells, summaries):
     """Draw scores.png, layers.png (if a layer was chosen) and loss.png (if a model has a train_log.jsonl).
 
-    rows: [(task, language, a summary per column)] of eval.averages.  results: eval.Results.
+    cells and summaries: "results" and "summaries" of results.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chance = {cell["task"]: cell["details"].get("chance") for cell in results.cells}
-    draw_scores(folder, rows, list(results.answers), chance)
-    layers, count = {}, 0  # {column: {"task lang": chosen layers}}, number of layers
-    for column, answers in results.answers.items():
-        for (task, lang), found in answers.items():
-            if found[0]["layer"] is not None:
-                layers.setdefault(column, {})[f"{task} {lang}"] = [row["layer"] for row in found]
-                count = max(count, found[0]["layers"])
+    draw_scores(folder, cells, summaries)
+    layers = {}  # {column: {"task lang": number of answers that chose each layer}}
+    for cell in cells:
+        if cell["layers"]:
+            layers.setdefault(cell["column"], {})[f"{cell['task']} {cell['lang']}"] = cell["layers"]
     if layers:
-        draw_layers(folder, layers, count)
-    models = dict.fromkeys(cell["model"] for cell in results.cells)
-    logs = {model: Path(model) / "train_log.jsonl" for model in models}
+        draw_layers(folder, layers)
+    logs = {cell["model"]: Path(cell["model"]) / "train_log.jsonl" for cell in cells}
     logs = {model: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for model, path in logs.items() if path.exists()}
     if logs:
         draw_losses(folder, logs)
 
 
-def draw_scores(folder, rows, columns, chance):
-    """scores.png: each column's score per language, with 95 % intervals; a panel per task, then the means.
-
-    chance: {task: score by chance, or None}.
-    """
-    tasks = [task for task in dict.fromkeys(task for task, _, _ in rows) if task != "all"]
-    shown = {task: [(lang, cells) for t, lang, cells in rows if t == task and not lang.startswith("mean")]
-             for task in tasks}
-    shown["mean over languages"] = [(task, cells) for task, lang, cells in rows if lang == "mean"]
-    figure, axes_of = panels(len(shown))
-    for (task, bars), axes in zip(shown.items(), axes_of, strict=True):
+def draw_scores(folder, cells, summaries):
+    """scores.png: each column's score per language, with 95 % intervals; a panel per task, then the means."""
+    columns = list(dict.fromkeys(cell["column"] for cell in cells))
+    chance = {cell["task"]: cell["details"].get("chance") for cell in cells}
+    panels_of = {}  # {title: {bar's name: a summary per column}}
+    for s in summaries:
+        if s["task"] != "all" and not s["lang"].startswith("mean"):
+            panels_of.setdefault(s["task"], {}).setdefault(s["lang"], []).append(s)
+    panels_of["mean over languages"] = {
+        task: [s for s in summaries if (s["task"], s["lang"]) == (task, "mean")]
+        for task in dict.fromkeys(s["task"] for s in summaries)}
+    figure, axes_of = panels(len(panels_of))
+    for (task, bars), axes in zip(panels_of.items(), axes_of, strict=True):
         width = 0.8 / len(columns)
         for i, column in enumerate(columns):
-            scores = 100 * np.array([[cells[i]["score"], *cells[i]["interval"]] for _, cells in bars])
+            scores = 100 * np.array([[found[i]["score"], *found[i]["interval"]] for found in bars.values()])
             axes.bar(np.arange(len(bars)) + width * i, scores[:, 0], width, label=column, color=f"C{i}",
                      edgecolor=f"C{i}",  # so that a bar of height 0 is seen
                      yerr=np.abs(scores[:, 1:] - scores[:, :1]).T, error_kw={"linewidth": 0.8})
@@ -55,7 +53,7 @@ def draw_scores(folder, rows, columns, chance):
             axes.axhline(100 * level, color="grey", linestyle="--", linewidth=0.8)
             axes.text(len(bars) - 0.2, 100 * level, "chance", fontsize=7, color="grey", va="bottom",
                       ha="right")
-        axes.set_xticks(np.arange(len(bars)) + 0.4 - width / 2, [name for name, _ in bars])
+        axes.set_xticks(np.arange(len(bars)) + 0.4 - width / 2, list(bars))
         axes.set_title(task, fontsize=9)
         axes.set_ylim(0, 100)
         axes.set_ylabel("%")
@@ -65,14 +63,14 @@ def draw_scores(folder, rows, columns, chance):
     figure.savefig(folder / "scores.png", dpi=130)
 
 
-def draw_layers(folder, layers, count):
-    """layers.png: how often each of `count` layers was chosen.
+def draw_layers(folder, layers):
+    """layers.png: how often each layer was chosen.
 
-    layers: {column: {"task lang": chosen layers}}.
+    layers: {column: {"task lang": number of answers that chose each layer}}.
     """
     figure, axes_of = panels(len(layers))
     for (column, chosen), axes in zip(layers.items(), axes_of, strict=True):
-        shares = [np.bincount(found, minlength=count) / len(found) for found in chosen.values()]
+        shares = [np.array(counts) / sum(counts) for counts in chosen.values()]
         image = axes.imshow(np.array(shares).T, aspect="auto", origin="lower", vmin=0, vmax=1)
         axes.set_xticks(range(len(chosen)), list(chosen), fontsize=7, rotation=30)
         axes.set_ylabel("layer")

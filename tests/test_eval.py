@@ -496,9 +496,11 @@ def test_p_values(compared, task, difference, p, error):
 
 def test_corrected_p_values():
     """Catches p-values corrected by their number alone, out of order, or for rows of single languages."""
-    rows = [("XNLI", "sw", [{"p": 1}, {"p": 0.001}]), ("XNLI", "mean", [{"p": 1}, {"p": 0.03}, {"p": 0.01}]),
-            ("facts", "mean", [{"p": 1}, {"p": 0.04}, None]), ("all", "mean", [{"p": 1}, {"p": 0.02}])]
-    found = [cell.get("p_holm") for _, _, cells in holm(rows) for cell in cells if cell]
+    rows = [("XNLI", "sw", "a", 1), ("XNLI", "sw", "b", 0.001), ("XNLI", "mean", "a", 1),
+            ("XNLI", "mean", "b", 0.03), ("XNLI", "mean", "c", 0.01), ("facts", "mean", "a", 1),
+            ("facts", "mean", "b", 0.04), ("all", "mean", "a", 1), ("all", "mean", "b", 0.02)]
+    rows = [dict(zip(("task", "lang", "column", "p"), row, strict=True)) for row in rows]
+    found = [row.get("p_holm") for row in holm(rows)]
     assert found == [None, None, None, pytest.approx(0.06), pytest.approx(0.03), None, pytest.approx(0.06), None, None]
 
 
