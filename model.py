@@ -132,7 +132,7 @@ class Config:
         kv, head_dim = number("num_key_value_heads", heads), number("head_dim", hidden // heads)
         require(heads % kv == 0 and head_dim % 2 == 0 and heads * head_dim <= LARGEST["hidden_size"]
                 and (raw.get("head_dim") or hidden % heads == 0),
-                f"hidden_size {hidden}, {heads} heads, {kv} key/value heads and head_dim {head_dim} do not fit")
+                f"{heads} heads, {kv} key/value heads, head_dim {head_dim}, hidden_size {hidden} do not fit")
         tied = raw.get("tie_word_embeddings", family == "smollm3") or False  # null: False
         require(isinstance(tied, bool), f"tie_word_embeddings is {tied!r}, expected true or false")
         has_bias = bool(raw.get("attention_bias")) and family not in ("mistral", "qwen2")  # ignored there
@@ -143,7 +143,7 @@ class Config:
         scaling = {key: number(key, kind=float, source=rope) for key in ROPE_SCALING[rope_type]}
         require(rope_type != "llama3" or scaling["high_freq_factor"] > scaling["low_freq_factor"],
                 "high_freq_factor must be larger than low_freq_factor")
-        # SmolLM3 rotates no queries and keys in every fourth layer. no_rope_layers: 1 for a layer with rotation.
+        # SmolLM3: no rotary positions in every fourth layer. no_rope_layers: 1 for a layer with them.
         rotated = [1] * layers
         if family == "smollm3":
             interval = number("no_rope_layer_interval", 4)
@@ -308,8 +308,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.output_bias)
-        self.q_norm, self.k_norm = (
-            RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))
 
     def split_heads(self, x):
         return x.unflatten(-1, (-1, self.head_dim))  # (B, T, heads, D)
@@ -1368,10 +1369,15 @@ def text_field(fields, key, where, required):
     value = fields.get(key)
     if value is None and not required:
         return None
-    problem = ("missing" if value is None else
-               f"a {type(value).__name__}, expected text" if not isinstance(value, str) else
-               "empty" if required and not value.strip() else
-               "not valid text: it contains an unpaired surrogate" if re.search("[\ud800-\udfff]", value) else "")
+    problem = None
+    if value is None:
+        problem = "missing"
+    elif not isinstance(value, str):
+        problem = f"a {type(value).__name__}, expected text"
+    elif required and not value.strip():
+        problem = "empty"
+    elif re.search("[\ud800-\udfff]", value):
+        problem = "not valid text: it contains an unpaired surrogate"
     if problem:
         raise UserError(f'{where}: "{key}" is {problem}; correct or remove it')
     return value
