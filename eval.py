@@ -363,14 +363,25 @@ def rouge_l(answer, gold):
 CHOICE = LANGUAGE_TABLES["choices"]
 LATIN = "A-Za-zÀ-ÖØ-öø-ɏ\u0300-\u036fḀ-ỿ"
 # What may stand before an option at the start of an answer, and after one that is set off.
-OPENING = r"[\s(\[{<\"'*_`«“‘„「『（【]*"
-CLOSING = r"[ \t\"'*_`»”’」』]*(?:[.):,\]}>।。、：】](?!\d)|\n|$)"
-CUE = "|".join(map(re.escape, CHOICE["answer"]))
-OR = rf"[\W_]*(?:{'|'.join(sorted(map(re.escape, CHOICE['or']), key=len, reverse=True))})[\W_]*"
-BECAUSE = "|".join(rf"\b{word}\b" if word.isascii() else word for word in CHOICE["because"])
-NOT = rf"(?:^|\W)(?:{'|'.join(map(re.escape, CHOICE['not']))})\s+(?:\w+\s+)?[^\w\s]*$"
-ELISION = rf"['’](?!(?:{LANGUAGE_TABLES['particles']['after']['tr']})(?!\w))"  # C'est, and not C'dir
+OPENING = r"[\s(\[{<\"'*_`«“‘„「『（【>#-]*"
+CLOSING = r"[ \t\"'*_`»”’」』]*(?:[.):,\]}>。۔、：】](?!\d)|\n|$)"
+ELISION = rf"['’](?=\w)(?!(?:{LANGUAGE_TABLES['particles']['after']['tr']})\b)"  # C'est, and not C'dir
 LETTERS = {local: letter for letter, others in CHOICE["letters"].items() for local in others.split()}
+
+
+def any_of(words):
+    """A pattern for any of some words; whole words in Latin, Greek and Cyrillic letters."""
+    whole = [rf"\b{re.escape(word)}\b" if word.upper() != word.lower() else re.escape(word)
+             for word in sorted(words, key=len, reverse=True)]
+    return f"(?:{'|'.join(whole)})"
+
+
+CUE = "|".join(map(re.escape, CHOICE["answer"]))
+BECAUSE = any_of(CHOICE["because"])
+OR = rf"[\W_]*{any_of(CHOICE['or'])}[\W_]*(?:\w{{2,}}[\W_]+)?"  # "A or possibly B"
+NOT = rf"{any_of(CHOICE['not'])}\s*"  # before an option, with up to three words between: "not the option A"
+NOT_MARK = rf"{NOT}(?:[A-D\d]{OR})*(?:(?!{any_of(CHOICE['but'])}|[A-D\d]\b)\w+\s+){{0,3}}[^\w\s]*$"
+DENIED = rf"\s*{any_of(CHOICE['denied'])}"  # after an option or its text
 
 
 def option_texts(prompt, options):
@@ -384,49 +395,40 @@ def bare(text):
     return " ".join(normalize_text(text).casefold().split()).strip(" .।。۔")
 
 
+def is_option(letter, before, after, options):
+    """Does a letter that stands alone in a text name an option?"""
+    if letter.islower():  # in brackets, at the start or after "Answer:", "the answer is"
+        led = re.search(rf"(?:^|:|(?:{CUE})\w*(?:\s+\w+){{0,2}}){OPENING}$", before, re.IGNORECASE)
+        return after.startswith(")") or led and re.match(CLOSING, after)
+    word = re.match(rf"[ \t]+([{LATIN}]+)", after)  # A may be an article at a sentence's start
+    return (letter != "A" or not word or word[1].casefold() in CHOICE["after_a"]["words"].split()
+            or not re.search(rf"(?:^|[.!?:;\n。।]){OPENING}$", before)
+            or re.match(rf"{OR}[{options}](?![{LATIN}])", after))  # "A or B"
+
+
 def find_marks(answer, options):
-    """The options that stand alone in an answer, in order, as matches."""
-    if options[0].isdigit():
-        return list(re.finditer(rf"(?<![\d{LATIN}.,])[{options}](?![\d{LATIN}]|[.,]\d)", answer))
-    before = rf"(?<![\d{LATIN}])(?<![\d{LATIN}][(.])"  # neither in a word, nor in P(A) or U.S.A.
-    return list(re.finditer(rf"{before}[{options}](?![\d{LATIN}]|{ELISION})", answer))
+    """(answer, marks): the options that stand alone, as matches, and the answer with these as capital letters."""
+    alone = rf"(?<![\d{LATIN}])(?<![\d{LATIN}][.,])(?<!\b[{LATIN}]\()[%s](?![\d{LATIN}]|[.,]\d|{ELISION})"
+    if not options.isdigit():
+        answer = re.sub(r"[\u0620-\u065f\u0900-\u0963\u0980-\u09e3]+", lambda m: LETTERS.get(m[0], m[0]), answer)
+        answer = re.sub(alone % (options + options.lower()), lambda m: m[0].upper() if is_option(
+            m[0], answer[:m.start()], answer[m.end():], options) else m[0].lower(), answer)
+    return answer, list(re.finditer(alone % options, answer))
 
 
-def mark_letters(answer, options):
-    """The answer with its options as capital letters, and all else that looks like one as a small letter."""
-    answer = re.sub(r"[\u0620-\u065f\u0900-\u0963\u0980-\u09e3]+", lambda m: LETTERS.get(m[0], m[0]), answer)
-
-    def mark(match):
-        before, after = answer[:match.start()], answer[match.end():]
-        if match[0].islower():  # an option in brackets, at the start or after "Answer:", "the answer is"
-            led = re.search(rf"(?:^|:|(?:{CUE})\w*\s+\w+){OPENING}$", before, re.IGNORECASE)
-            is_option = after.startswith(")") or led and re.match(CLOSING, after)
-        else:  # A is an article at a sentence's start before a Latin word, unless that tells otherwise
-            word = re.match(rf"[ \t]+([{LATIN}]+)", after) if match[0] == "A" else None
-            is_option = (not word or word[1].casefold() in CHOICE["after_a"]["words"].split()
-                         or not re.search(rf"(?:^|[.!?:;\n。।]){OPENING}$", before)
-                         or re.match(rf"{OR}[{options}](?![{LATIN}])", after))  # "A or B"
-        return match[0].upper() if is_option else match[0].lower()
-
-    return re.sub(rf"(?<![\d{LATIN}])[{options}{options.lower()}](?![\d{LATIN}])", mark, answer)
-
-
-def text_after(mark, answer, forms):
+def text_after(mark, answer, texts):
     """The options whose text follows a mark: the longest text, whole or cut short; else one much like it."""
-    rest, found = bare(re.sub(r"^(?:[^\w\s\-−]|[-−–](?=\s)|\s)+", "", answer[mark.end():])), {}
-    for option, texts in forms.items():
-        for text in texts:
-            word_ends = r"(?!\w)" if segment(text)[-1:] != [text[-1:]] else ""
-            if re.match(re.escape(text) + word_ends, rest) or len(rest) >= 8 and text.startswith(rest):
-                found[option] = max(found.get(option, 0), min(len(text), len(rest)))
-    return ([option for option in found if found[option] == max(found.values())]
-            or [o for o, texts in forms.items() if any(rouge_l(rest, text) > 0.75 for text in texts)])
+    rest = bare(re.sub(r"^(?:[^\w\s\-−]|[-−–](?=\s)|\s)+", "", answer[mark.end():]))
+    found = [(min(len(text), len(rest)), option) for option, text in texts
+             if rest.startswith(text) or len(rest) >= 8 and text.startswith(rest)]
+    return ([option for length, option in found if length == max(found)[0]]
+            or [option for option, text in texts if rouge_l(rest, text) > 0.75])
 
 
-def confirmed(mark, marks, answer, forms):
+def confirmed(mark, marks, answer, texts):
     """The option of a mark; None if another is named with it ("A or B", a list) or another's text follows."""
-    followed = text_after(mark, answer, forms)
-    if followed and mark[0] not in followed or re.search(r"\w.*\n\($", answer[mark.end():]):
+    followed, rest = text_after(mark, answer, texts), answer[mark.end():]
+    if followed and mark[0] not in followed or re.search(r"\w.*\n\($", rest):
         return None
     other = next((m for m in marks if m.start() > mark.start() and m[0] != mark[0]), None)
     if other is None:
@@ -434,28 +436,29 @@ def confirmed(mark, marks, answer, forms):
     between, set_off = answer[mark.end():other.start()], re.match(CLOSING, answer[other.end():])
     if set_off and re.search(rf"\w.*\n{OPENING}$", between):  # the next of a list
         return None
-    for text in forms.get(mark[0], ()):
+    for _, text in texts:
         between = re.sub(re.escape(text), "", between, flags=re.IGNORECASE)
     side_by_side = re.fullmatch(r"(?!\n\n)[\W_]*" if set_off else r"[^\w\n]*", between)
     return None if side_by_side or re.fullmatch(OR, between, re.IGNORECASE) else mark[0]
 
 
-def find_text(answer, forms):
+def find_text(answer, texts):
     """The only option whose text stands in an answer; its last word may have three more letters.
 
-    Texts of fewer than four letters or digits, all Latin, are not looked for.
+    Texts of fewer than four letters or digits, all Latin, only count at the answer's end.
     """
-    words, found = f" {' '.join(summary_tokens(answer))} ", {}
-    for option, texts in forms.items():
-        for text in texts:
-            key = " ".join(summary_tokens(text))
-            if len(key.replace(" ", "")) < 4 and key.isascii() or not key:
-                continue
+    words, found = f" {' '.join(summary_tokens(answer))} ", []
+    for option, text in texts:
+        key = " ".join(summary_tokens(text))
+        if key.isascii() and len(key.replace(" ", "")) < 4:
+            stands = f" {bare(answer)}".endswith(f" {text}")
+        else:
             match = re.search(rf" {re.escape(key)}\w{{0,3}} ", words)
-            if match and not re.search(NOT, words[:match.start() + 1]):
-                found[option] = max(found.get(option, ""), key, key=len)
-    longest = [o for o, key in found.items() if not any(key in found[p] for p in found if p != o)]
-    return longest[0] if len(longest) == 1 else None
+            stands = match and not re.search(rf"{NOT}(?:\w+\s+)?$", words[:match.start() + 1])
+        if stands:
+            found.append((option, key))
+    longest = {option for option, key in found if not any(key in other for o, other in found if o != option)}
+    return longest.pop() if len(longest) == 1 else None
 
 
 def choice(answer, options, texts):
@@ -463,45 +466,40 @@ def choice(answer, options, texts):
 
     The first of these that applies:
     1. The whole answer is an option's text: "Neutral".
-    2. An option stands beside the last "answer", in any language: "The answer is B", "B is the answer".
+    2. An option stands beside the last "answer" or "choose", in any language: "The answer is B".
     3. An option is set off at the start: "1", "(B)", "2. since".
-    4. Only one option stands alone: "I choose B".
+    4. Only one option stands alone: "I think B".
     5. Only one option's text stands in the answer: "It is neutral, I think".
-    Digits of every script, full-width letters and the option letters of Arabic, Bengali and Hindi count as
-    their ASCII forms.
+    Options that the answer denies are left out ("not A but B", "A is wrong"). Digits of every script,
+    full-width letters and the option letters of Arabic, Bengali and Hindi count as their ASCII forms.
     """
-    forms = {option: [bare(text)] for option, text in texts.items() if bare(text)}
+    texts = [(option, bare(text)) for option, text in texts.items() if bare(text)]
     words = {"123": CHOICE["entailment"], "12": CHOICE["first_or_second"]}.get(options, {})
-    known = {option: [*forms.get(option, ()), *words.get(option, ())] for option in options}
-    whole = [option for option, spellings in known.items() if bare(answer) in spellings]
-    if len(whole) == 1 and bare(answer) not in options.casefold():
-        return whole[0]
-    answer = normalize_text(answer).strip()
-    if not options[0].isdigit():
-        answer = mark_letters(answer, options)
-    marks = find_marks(answer, options)
-    kept = [mark for mark in marks if not re.search(NOT, answer[:mark.start()], re.IGNORECASE)]
+    known = texts + [(option, word) for option, spellings in words.items() for word in spellings]
+    said = re.split(r"[.!?。।,\n]", answer)[0] if options == "123" else answer  # "Neutral, for it neither ..."
+    whole = {option for option, text in known if text == bare(said)}
+    if len(whole) == 1 and bare(said) not in options.casefold():
+        return whole.pop()
+    answer, marks = find_marks(normalize_text(answer).strip(), options)
+    denied = rf"[^\w\s,;:]*\s*(?:{'|'.join(re.escape(text) for _, text in texts)})?{DENIED}"
+    marks = [mark for mark in marks if not re.match(denied, answer[mark.end():], re.IGNORECASE)]
+    kept = [mark for mark in marks if not re.search(NOT_MARK, answer[:mark.start()], re.IGNORECASE)]
     for cue in reversed(list(re.finditer(CUE, answer, re.IGNORECASE))):
-        clause = re.match(rf"[\W_]*.*?(?=[.!?。।]\s|\n|{BECAUSE}|$)", answer[cue.end():], re.IGNORECASE)
-        start, end = re.search(r"[^.!?。।\n]*$", answer[:cue.start()]).start(), cue.end() + clause.end()
-        before, after = ([m for m in kept if low <= m.start() < high] for low, high in
-                         ((start, cue.start()), (cue.end(), end)))  # "B is the answer", "the answer is B"
+        clause = re.match(rf"[\W_]*.*?(?=[.!?।]\s|[。\n]|{BECAUSE}|$)", answer[cue.end():], re.IGNORECASE)
+        start = re.search(r"[^.!?。।\n]*$", answer[:cue.start()]).start()  # of the sentence
+        after = [mark for mark in kept if cue.end() <= mark.start() < cue.end() + clause.end()]
+        before = [mark for mark in kept if start <= mark.start() < cue.start()]  # "B is the answer"
         if after or len(before) == 1:
-            return confirmed((after or before)[0], marks, answer, known)
-        said = f" {bare(clause[0])}"
-        last = [option for option, (text,) in forms.items() if said.endswith(f" {text}")]
-        if named := find_text(clause[0], forms) or max(last, key=lambda o: len(forms[o][0]), default=None):
+            return confirmed((after or before)[0], kept, answer, known)
+        if named := find_text(clause[0], texts):
             return named
-    if marks:
-        mark = marks[0]
-        if re.fullmatch(OPENING, answer[:mark.start()]) and re.match(CLOSING, answer[mark.end():]):
-            return confirmed(mark, marks, answer, known)
-        only = kept and len({mark[0] for mark in marks}) == 1
-        return confirmed(kept[0], marks, answer, known) if only else None
-    first = bare(re.split(r"[.!?。।,\n]", answer)[0])
-    if options == "123" and (said := [option for option in known if first in known[option]]):
-        return said[0]  # "Neutral, for it neither entails nor contradicts"
-    return find_text(answer, forms) or find_text(answer, known)
+    if not marks:
+        return find_text(answer, texts) or find_text(answer, known)
+    before, after = answer[:marks[0].start()], answer[marks[0].end():]
+    is_set_off = re.fullmatch(OPENING, before) and re.match(CLOSING, after)
+    if is_set_off or kept and {mark[0] for mark in marks if mark.start() >= kept[0].start()} == {kept[0][0]}:
+        return confirmed(kept[0], kept, answer, known)
+    return None
 
 
 def likeliest(row):
