@@ -224,6 +224,13 @@ def normalize_text(text):
                    if unicodedata.category(c) != "Cf")
 
 
+def any_of(words):
+    """A pattern for any of some words; whole words in Latin, Greek and Cyrillic letters."""
+    whole = [rf"\b{re.escape(word)}\b" if word.upper() != word.lower() else re.escape(word)
+             for word in sorted(words, key=len, reverse=True)]
+    return f"(?:{'|'.join(whole) or '(?!)'})"
+
+
 def segment(text):
     """Words, or single characters in scripts written without spaces."""
     return re.findall(f"[{UNSPACED}]|[^\\s{UNSPACED}]+", text)
@@ -256,20 +263,20 @@ def plain_numbers(text, lang):
 
     def plain(match):
         sign, whole, decimals = match.groups("")
-        return MINUS * bool(sign) + re.sub(r"\D", "", whole) + (decimals.strip("0") and POINT + decimals)
+        decimals = decimals.rstrip("0")
+        return MINUS * bool(sign) + re.sub(r"\D", "", whole) + POINT * bool(decimals) + decimals
 
-    return re.sub(number, plain, normalize_text(text))
+    return re.sub(number, plain, normalize_text(text).replace("٫", ".").replace("٬", ","))
 
 
 def iso_dates(text, lang):
     """The text with dates as the language writes them in ISO form: 2019-06-30, or 2019-06 without a day."""
-    tables = LANGUAGE_TABLES["months"]
-    names = [month.strip().casefold().split("|") for month in tables.get(lang, "").split(",")]
-    numbers = {name: n for n, month in enumerate(names, 1) for name in month if name}
-    month = "|".join(sorted(map(re.escape, numbers), key=len, reverse=True)) or "(?!)"
-    day, year = r"\b(?P<d>\d{1,2})(?:st|nd|rd|th|º|\.)?", r"(?P<y>\d{4})(?!\d)"
+    numbers = {name.casefold(): n for n, names in enumerate(LANGUAGE_TABLES["months"].get(lang, ()), 1)
+               for name in names.split("|")}
+    month = rf"\b(?P<m>{any_of(numbers)})\b\.?(?:/{any_of(numbers)})?"
+    day, year = r"\b(?P<d>\d{1,2})(?:st|nd|rd|th|o|\.)?", r"(?P<y>\d{4})(?!\d)"
     link = r"[\s,]*(?:(?:de|do|of|the|ngày|năm)\b)?[\s,]*"
-    patterns = [rf"(?:{day}{link})?\b(?P<m>{month})\b{link}{year}", rf"\b(?P<m>{month})\s+{day}{link}{year}",
+    patterns = [rf"(?:{day}{link})?{month}{link}{year}", rf"{month}\s+{day}{link}{year}",
                 r"(?P<y>\d{4})\s*[年년]\s*(?P<m>\d{1,2})\s*[月월](?:\s*(?P<d>\d{1,2})\s*[日日号號일])?"]
     if lang in LANGUAGE_TABLES["day_first"]["languages"].split():
         patterns.append(r"\b(?P<d>\d{1,2})([./])\s?(?P<m>\d{1,2})\2\s?(?P<y>\d{4})(?!\d)")
@@ -277,7 +284,7 @@ def iso_dates(text, lang):
     def iso(match):
         found = match.groupdict()
         number = numbers.get(found["m"]) or int(found["m"])
-        return f"{found['y']}-{number:02}" + (f"-{int(found['d']):02}" if found["d"] else "")
+        return f" {found['y']}-{number:02}" + (f"-{int(found['d']):02} " if found["d"] else " ")
 
     text = normalize_text(text).casefold()
     for pattern in patterns:
@@ -322,19 +329,20 @@ def token_f1(answer, gold, lang):
 def open_scores(answer, golds, lang):
     """{metric: 0 to 1, the best over the gold answers}: contained, exact match and token F1.
 
-    Contained and exact also know numbers in other spellings, MKQA's ISO dates as its languages write them,
-    and its "yes" and "no"; contained knows attached particles.
+    Contained and exact also know numbers in other spellings and MKQA's ISO dates as its languages write them.
+    Its "yes" and "no" are the language's words: contained is the answer's first word.
     """
     best = {"contained": 0.0, "exact": 0.0, "f1": 0.0}
     for gold in golds:
-        given = plain_numbers(iso_dates(answer, lang) if is_date(gold) else answer, lang)
-        wanted = plain_numbers(gold, lang)
-        exact = answer_tokens(given, lang) == answer_tokens(wanted, lang)
-        contained = is_contained(given, wanted, lang)
-        for word in LANGUAGE_TABLES["yes_no"].get(lang, {}).get(gold.casefold(), "").split():
-            start = re.match(rf"\W*{word}(?:\b|(?<=[{UNSPACED}]))", normalize_text(answer).lower())
-            contained = contained or bool(start)
-            exact = exact or answer_tokens(answer, lang) == answer_tokens(word, lang)
+        if words := LANGUAGE_TABLES["yes_no"].get(lang, {}).get(gold.casefold(), "").split():
+            first = rf"\W*(?:{'|'.join(words)})(?:\b|(?<=[{UNSPACED}]))"
+            contained = bool(re.match(first, normalize_text(answer).lower()))
+            exact = any(answer_tokens(answer, lang) == answer_tokens(word, lang) for word in words)
+        else:
+            given = plain_numbers(iso_dates(answer, lang) if is_date(gold) else answer, lang)
+            wanted = plain_numbers(gold, lang)
+            contained = is_contained(given, wanted, lang)
+            exact = answer_tokens(given, lang) == answer_tokens(wanted, lang)
         scores = {"contained": contained, "exact": exact, "f1": token_f1(answer, gold, lang)}
         best = {metric: max(best[metric], float(score)) for metric, score in scores.items()}
     return best
@@ -367,13 +375,6 @@ OPENING = r"[\s(\[{<\"'*_`«“‘„「『（【>#-]*"
 CLOSING = r"[ \t\"'*_`»”’」』]*(?:[.):,\]}>。۔、：】](?!\d)|\n|$)"
 ELISION = rf"['’](?=\w)(?!(?:{LANGUAGE_TABLES['particles']['after']['tr']})\b)"  # C'est, and not C'dir
 LETTERS = {local: letter for letter, others in CHOICE["letters"].items() for local in others.split()}
-
-
-def any_of(words):
-    """A pattern for any of some words; whole words in Latin, Greek and Cyrillic letters."""
-    whole = [rf"\b{re.escape(word)}\b" if word.upper() != word.lower() else re.escape(word)
-             for word in sorted(words, key=len, reverse=True)]
-    return f"(?:{'|'.join(whole)})"
 
 
 CUE = "|".join(map(re.escape, CHOICE["answer"]))
