@@ -45,9 +45,9 @@ class Batch(NamedTuple):
     english_position: torch.Tensor  # p (B,) of e
 
 
-def gumbel_noise(seed, step, samples, layers):
-    """Gumbel noise (B, L), a row per sample. It depends on (seed, step, sample), not on the process."""
-    noise = [np.random.default_rng((seed, step, i)).gumbel(size=layers) for i in samples]
+def gumbel_noise(seeds, layers):
+    """Gumbel noise (B, L): a row for each seed, which is a list of integers."""
+    noise = [np.random.default_rng(seed).gumbel(size=layers) for seed in seeds]
     return torch.tensor(np.stack(noise), dtype=torch.float32)
 
 
@@ -177,20 +177,14 @@ class CCTuning(nn.Module):
 
         Returns the vector to fuse (B, d) and the scores (B, L).
         """
-        if noise is None and self.lm.config.source_layer == "random":  # repeatable: by the prompt
+        if noise is None and self.lm.config.source_layer == "random":  # repeatable: seeded by the prompt
             prompts = [row[:p + 1] for row, p in zip(ids.tolist(), position.tolist(), strict=True)]
-            noise = [np.random.default_rng([self.seed, *prompt]).gumbel(size=len(activations))
-                     for prompt in prompts]
-            noise = torch.tensor(np.stack(noise), device=ids.device)
+            seeds = [[self.seed, *prompt] for prompt in prompts]
+            noise = gumbel_noise(seeds, len(activations)).to(ids.device)
         return self.decision_maker(activations, select_positions(embeddings, position), noise)
 
-    def picked_layers(self, batch):
-        """The layers (B,) that the Decision Maker picks for a Batch with its English prompts."""
-        activations = self.activations(batch.english_ids, batch.english_position)
-        return self.pick(activations, batch.ids, self.lm.embed(batch.ids), batch.position)[1].argmax(-1)
-
     def forward(self, batch, connection="english", noise=None, english_grad=False):
-        """Steps 1 to 4: the loss of a Batch, summed over its answer tokens.
+        """Steps 1 to 4. Returns the loss, summed over the answer tokens, and the scores (B, L) or None.
 
         connection: what the fused vector comes from. "english": the English prompt, as in training;
             "matrix": the prompt itself, as at inference; "none": plain fine-tuning.
@@ -198,25 +192,25 @@ class CCTuning(nn.Module):
         english_grad: differentiate the English pass too. The paper's published configuration does
             not: its reentrant gradient checkpointing runs that pass without a graph.
         """
-        targets, fusion = batch.labels[:, 1:], None  # targets: the token after each position
+        fusion = scores = None
+        targets = batch.labels[:, 1:]  # the token after each position
         rows, columns = (targets != -100).nonzero(as_tuple=True)  # first: the CPU waits for the GPU here
         embeddings = self.lm.embed(batch.ids)  # (B, T, d), once: each look-up has a gradient of size (V, d)
-        if connection == "english":
-            with torch.set_grad_enabled(english_grad and torch.is_grad_enabled()):
-                # Not self.activations: train.shard registers it as an FSDP forward method, which would
-                # free the root's weights during the step.
-                activations = self.lm(self.lm.embed(batch.english_ids),
-                                      collect_at=batch.english_position).activations
-        elif connection == "matrix":
-            prompts = embeddings[:, :int(batch.position.max()) + 1]  # the answer cannot matter
-            activations = self.lm(prompts, collect_at=batch.position).activations
-            activations = self.transform_matrix(activations)
         if connection != "none":
-            vector, _ = self.pick(activations, batch.ids, embeddings, batch.position, noise)
+            ids, position = batch.ids, batch.position
+            if connection == "english":
+                ids, position = batch.english_ids, batch.english_position
+            with torch.set_grad_enabled(english_grad and torch.is_grad_enabled()):
+                # Not self.activations: under FSDP that is a forward of its own, which would free the
+                # root's weights during the step.
+                activations = self.lm(self.lm.embed(ids), collect_at=position).activations
+            if connection == "matrix":
+                activations = self.transform_matrix(activations)
+            vector, scores = self.pick(activations, batch.ids, embeddings, batch.position, noise)
             fusion = Fusion(vector, batch.position)
         x = self.lm(embeddings, fusion=fusion).hidden  # (B, T, d)
         logits = self.lm.logits(x[rows, columns]).float()  # (answer tokens, V): none of the prompt's
-        return F.cross_entropy(logits, targets[rows, columns], reduction="sum")
+        return F.cross_entropy(logits, targets[rows, columns], reduction="sum"), scores
 
     def prefill(self, ids, lengths, connection_index, cache, connection="matrix", english=None):
         """Step 6: read right-padded prompts (B, T) of these lengths (B,) into the cache, connected.
@@ -226,28 +220,29 @@ class CCTuning(nn.Module):
             upper bound for the matrix; "none".
         Returns the logits that follow the prompts (B, V) and the scores (B, L) or None.
 
-        Why the connection costs one token: with the matrix, H is known only after a first pass, and
-        fusion then changes the fusion layer's output at p. That output is the input of the layers
-        above, so in these p has other keys, values and outputs; attention is causal, so no token
-        before p changes. It is enough to run the tokens from p on again (one for Llama 3, two or
-        three for ChatML), from the fusion layer on, overwriting their cache positions. The result equals
-        a second full pass.
+            a. First pass, without connection: all tokens. It gives H at p, keys and values.
+            b. The vector to fuse, from H W or from the English prompts.
+            c. Second pass, with the vector: the tokens from p on, from the fusion layer on.
+
+        Why the connection costs one token: fusion changes the fusion layer's output at p. That is the
+        input of the layers above, so in these p has other keys, values and outputs, which the second
+        pass overwrites in the cache. Attention is causal, so no token before p changes: running the
+        tokens from p on (one for Llama 3, two or three for ChatML) equals a second full pass.
         """
-        position, scores, embeddings = lengths + connection_index, None, self.lm.embed(ids)
+        position, embeddings = lengths + connection_index, self.lm.embed(ids)
+        if connection == "none":
+            x = self.lm(embeddings, cache=cache, collect_at=lengths - 1).hidden  # (B, 1, d)
+            return self.lm.logits(x[:, 0]), None
+        first = self.lm(embeddings, cache=cache, collect_at=position)
         if connection == "matrix":
-            first = self.lm(embeddings, cache=cache, collect_at=position)
-            vector, scores = self.pick(self.transform_matrix(first.activations), ids, embeddings, position)
-            again = position[:, None] + torch.arange(-connection_index, device=ids.device)  # (B, n)
-            x = first.fusion_input[torch.arange(len(ids), device=ids.device)[:, None], again]
-            fusion = Fusion(vector, torch.zeros_like(position))  # p is the first of the n tokens
-            x = self.lm(x, again, cache, fusion, first_layer=self.lm.config.fusion_layer).hidden
-        elif connection == "english":
-            activations = self.activations(english[0], english[1] + connection_index)
-            vector, scores = self.pick(activations, ids, embeddings, position)
-            x = self.lm(embeddings, cache=cache, fusion=Fusion(vector, position)).hidden  # (B, T, d)
-            x = select_positions(x, lengths - 1)[:, None]
+            activations = self.transform_matrix(first.activations)
         else:
-            x = self.lm(embeddings, cache=cache, collect_at=lengths - 1).hidden
+            activations = self.activations(english[0], english[1] + connection_index)
+        vector, scores = self.pick(activations, ids, embeddings, position)
+        again = position[:, None] + torch.arange(-connection_index, device=ids.device)  # (B, n)
+        x = first.fusion_input[torch.arange(len(ids), device=ids.device)[:, None], again]  # (B, n, d)
+        fusion = Fusion(vector, torch.zeros_like(position))  # p is the first of the n tokens
+        x = self.lm(x, again, cache, fusion, first_layer=self.lm.config.fusion_layer).hidden
         return self.lm.logits(x[:, -1]), scores
 
 
@@ -261,32 +256,26 @@ def load_cctuning(cc, folder, dtype=None, device="cpu"):
     model.load_weights does.
     """
     loaded = load_weights(cc.lm, folder, dtype, device)
-    config, source, tensors = cc.lm.config, Path(folder) / CCTUNING_FILE, {}
-    shapes = {"transform_matrix": (config.hidden_size, config.hidden_size)}
-    if isinstance(cc.decision_maker, DecisionMaker):
-        shapes = {"decision_maker.weight": (config.num_hidden_layers, config.hidden_size), **shapes}
+    source, tensors, width = Path(folder) / CCTUNING_FILE, {}, cc.lm.config.hidden_size
+    shapes = {f"decision_maker.{name}": [*p.shape] for name, p in cc.decision_maker.named_parameters()}
+    shapes["transform_matrix"] = [width, width]
     if source.exists():
         with open_safetensors(source) as file:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        required = next(iter(shapes))
-        if required not in tensors or not tensors.keys() <= shapes.keys():
-            problem = f"has {[*tensors]}" if required in tensors else f"lacks {required}"
-            raise UserError(f"{source}: {problem}, not {[*shapes]}; copy the file again, or train again")
+        if (required := next(iter(shapes))) not in tensors:
+            raise UserError(f"{source}: lacks {required}; copy the file again, or train again")
     elif loaded.decision_maker is not None and "decision_maker.weight" in shapes:
         source, tensors = folder, {"decision_maker.weight": loaded.decision_maker.float()}
     for name, tensor in tensors.items():
-        if tensor.shape != shapes[name]:
-            raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model needs "
-                            f"{shapes[name]}; the files do not belong to the same model")
+        if [*tensor.shape] != shapes.get(name):
+            raise UserError(f"{source}: {name} has shape {[*tensor.shape]}, the model needs "
+                            f"{shapes.get(name, 'no such tensor')}; copy both from the same model")
         refuse_nan(f"{source}: {name}", tensor)
-    cc.trained = bool(tensors) or loaded.decision_maker is not None
+    cc.trained = bool(tensors)
     if "transform_matrix" in tensors:
         cc.transform_matrix.weight = tensors["transform_matrix"].to(device)
-    if "decision_maker.weight" in shapes:
-        weight = tensors.get("decision_maker.weight")
-        if weight is None:
-            generator = torch.Generator().manual_seed(cc.seed)
-            weight = torch.empty(shapes["decision_maker.weight"])
-            weight.normal_(std=config.initializer_range, generator=generator)
-        assign(cc, "decision_maker.weight", weight, device=device)
+    if shape := shapes.get("decision_maker.weight"):
+        generator = torch.Generator().manual_seed(cc.seed)
+        new = torch.empty(shape).normal_(std=cc.lm.config.initializer_range, generator=generator)
+        assign(cc, "decision_maker.weight", tensors.get("decision_maker.weight", new), device=device)
     return loaded

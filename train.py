@@ -51,8 +51,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cctuning import Batch, CCTuning, gumbel_noise, load_cctuning
-from model import (DATA, RUN_FILE, SOURCES, TEMPLATE_NAMES, Config, Help, Tokenizer, UserError, at_least,
-                   check_writable, choose_device, error_line, holds_model, is_ours, pad, printable,
+from model import (DATA, INDEX_FILE, RUN_FILE, SOURCES, TEMPLATE_NAMES, Config, Help, Tokenizer, UserError,
+                   at_least, check_writable, choose_device, error_line, is_ours, pad, printable,
                    process_ranks, read_json, read_records, read_text, refuse_nan, relative, run_script,
                    save_checkpoint, silence, sync, tokenizer_files, write_text)
 
@@ -78,6 +78,7 @@ RESUME_MAY_CHANGE = {  # arguments that change a result by rounding at most
     "out", "overwrite", "resume", "save_every", "keep", "micro_batch", "checkpoint_activations",
     "max_shard_size", "log_every", "memory_plan", "eval_data", "embedded"}
 CC_ONLY = {"english_grad": False, "source_layer": None, "fusion_layer": None, "ridge": 0.0}
+CONNECTION = {"cc": "english", "sft": "none"}  # in training, by method; see CCTuning.forward
 
 
 def source_layer(text):
@@ -334,7 +335,7 @@ def memory_plan(args):
     with torch.device("meta"):
         lm = CCTuning(config).lm
     layer = sum(p.numel() for p in lm.model.layers[0].parameters())
-    rest = sum(p.numel() for name, p in lm.named_parameters() if ".layers." not in name)
+    rest = sum(p.numel() for p in lm.parameters()) - config.num_hidden_layers * layer
     part = sum(math.ceil(len(p) / world) * p[0].numel() for p in lm.parameters())
     low = 4 if args.dtype == "float32" else 2  # bytes of a number in the dtype of the computation
     tokens = min(args.micro_batch, math.ceil(args.batch_size / world)) * default_max_length(args, config)
@@ -355,22 +356,42 @@ def memory_plan(args):
 
 # ------------------------------------------------------------------------------------------------- setup
 
-@dataclass
 class Setup:
-    """What a run works with, checked before any work is done."""
-    args: argparse.Namespace
-    dist: Dist
-    dtype: torch.dtype    # of the computation
-    config: Config
-    tokenizer: Tokenizer
-    samples: list
-    eval_samples: list
-    steps: list           # (epoch, sample numbers) of each step
+    """What a run works with, read and checked before any work is done."""
 
-    @property
-    def connection(self):
-        """Source of the fused vector in training."""
-        return "english" if self.args.method == "cc" else "none"
+    def __init__(self, args, dist):
+        """Raises UserError for what cannot work."""
+        check_writable(args.out)
+        if args.method == "sft":
+            unused = [name for name, off in CC_ONLY.items() if getattr(args, name) != off]
+            if unused := unused + ["epochs 0"] * (args.epochs == 0):
+                raise UserError(f"--method sft: --{unused[0]} needs --method cc; leave it out")
+        self.args, self.dist, self.config = args, dist, Config.read(args.model)
+        if os.path.exists(args.out) and os.path.samefile(args.out, args.model):
+            raise UserError(f"{args.out}: is --model too, which would be lost; give another --out")
+        tokenizer_files(args.model)  # raises now for what cannot be copied in the end
+        max_length, longest = default_max_length(args, self.config), self.config.max_length
+        if max_length > longest:
+            raise UserError(f"--max_length: {args.model} takes {longest} tokens; give at most that")
+        layers = self.config.num_hidden_layers
+        for name in ("source_layer", "fusion_layer"):
+            if (value := getattr(args, name)) is not None:
+                if isinstance(value, int) and value >= layers:
+                    raise UserError(f"--{name}: {args.model} has the layers 0 to {layers - 1}; give one of them")
+                self.config = dataclasses.replace(self.config, **{name: value})
+        self.tokenizer = Tokenizer(args.model, self.config, args.template)
+        if self.tokenizer.notice:
+            dist.print0(self.tokenizer.notice)
+        self.samples, self.eval_samples = (
+            read_samples(path, self.tokenizer, max_length, dist.print0, args.method) if path else []
+            for path in (args.data, args.eval_data))
+        if args.method == "cc" and all(s.is_english for s in self.samples):
+            raise UserError(f"{args.data}: every instruction equals its instruction_en, the Transform Matrix "
+                            "needs other languages; add some, or give --method sft")
+        self.steps = [(epoch, numbers) for epoch in range(args.epochs)  # numbers: of the samples of a step
+                      for numbers in make_batches(self.samples, args.batch_size, args.seed, epoch)]
+        on_gpu = dist.device.type == "cuda"
+        self.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))  # of computation
 
     @functools.cached_property
     def run_info(self):
@@ -395,40 +416,6 @@ def default_max_length(args, config):
     return args.max_length or min(1024, config.max_length)
 
 
-def read_setup(args, dist):
-    """Read configuration, tokenizer and data, and refuse what cannot work."""
-    check_writable(args.out)
-    unused = [name for name, off in CC_ONLY.items() if args.method == "sft" and getattr(args, name) != off]
-    if unused or (args.method == "sft" and args.epochs == 0):
-        raise UserError(f"--method sft: --{(unused or ['epochs 0'])[0]} needs --method cc; leave it out")
-    config = Config.read(args.model)
-    if os.path.exists(args.out) and os.path.samefile(args.out, args.model):
-        raise UserError(f"{args.out}: is --model too, which would be lost; give another --out")
-    tokenizer_files(args.model)  # they are copied in the end
-    layers, max_length = config.num_hidden_layers, default_max_length(args, config)
-    if max_length > config.max_length:
-        raise UserError(f"--max_length: {max_length} is more than {args.model} takes, {config.max_length}; "
-                        "lower it")
-    for name in ("source_layer", "fusion_layer"):
-        if (value := getattr(args, name)) is not None:
-            if isinstance(value, int) and value >= layers:
-                raise UserError(f"--{name}: {args.model} has no layer {value}, its last one is {layers - 1}")
-            config = dataclasses.replace(config, **{name: value})
-    tokenizer = Tokenizer(args.model, config, args.template)
-    if tokenizer.notice:
-        dist.print0(tokenizer.notice)
-    samples, eval_samples = (
-        read_samples(path, tokenizer, max_length, dist.print0, args.method) if path else []
-        for path in (args.data, args.eval_data))
-    if args.method == "cc" and all(s.is_english for s in samples):
-        raise UserError(f"{args.data}: every instruction equals its instruction_en, the Transform Matrix "
-                        "needs other languages; add some, or give --method sft")
-    steps = [(epoch, numbers) for epoch in range(args.epochs)
-             for numbers in make_batches(samples, args.batch_size, args.seed, epoch)]
-    dtype = getattr(torch, args.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32"))
-    return Setup(args, dist, dtype, config, tokenizer, samples, eval_samples, steps)
-
-
 def claim(setup, until_exit):
     """On rank 0: lock --out and mark it as ours. True: this run has finished, --resume has nothing to do.
 
@@ -445,16 +432,16 @@ def claim(setup, until_exit):
         raise UserError(f"{out}: in use by {user}; wait for it, or give another --out") from None
     except (OSError, AttributeError):  # a file system without locks; Windows
         setup.dist.print0(f"{out}: cannot be locked; do not start a second run with this --out")
-    if is_finished(setup):
-        return True
-    write_text(out / RUN_FILE, json.dumps({"cctuning": f"process {os.getpid()} on {socket.gethostname()}"}))
-    return False
+    if not (finished := is_finished(setup)):
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        write_text(out / RUN_FILE, json.dumps({"cctuning": holder}))
+    return finished
 
 
 def is_finished(setup):
-    """True if --resume finds the result of this run. Refuses to replace anything without --overwrite."""
+    """True if --resume finds the result of this run. Raises UserError for what may not be replaced."""
     args, out = setup.args, Path(setup.args.out)
-    if not holds_model(out) or (out / "saving.tmp").exists():  # the latter: died while saving
+    if not (out / INDEX_FILE).exists():  # the last file of a result to be written, the first to be removed
         if list((out / "checkpoints").glob(STEP)) and not (args.overwrite or args.resume):
             raise UserError(f"{out}/checkpoints: a run was stopped; continue with --resume, or start over "
                             "with --overwrite")
@@ -468,28 +455,28 @@ def is_finished(setup):
 
 
 def load_for_training(setup):
-    """The model with float32 weights, sharded if there are several processes; and model.Loaded."""
-    args = setup.args
+    """The model with float32 weights, sharded over several processes; {tensor name: dtype as stored}."""
+    args, dist = setup.args, setup.dist
     with torch.device("meta"):
         cc = CCTuning(setup.config, args.seed)
-    if setup.dist.world_size > 1:
-        shard(cc, setup.dist, setup.dtype)
-    loaded = load_cctuning(cc, args.model, torch.float32, setup.dist.device)
-    trained_for = Config.read(args.model).fusion_layer
-    if args.method == "cc" and cc.trained and trained_for != setup.config.fusion_layer:
-        raise UserError(f"--fusion_layer: {args.model} was trained for layer {trained_for}; leave the option "
-                        "out, or start from the base model")
-    if args.method == "cc" and args.epochs == 0 and not cc.trained:
-        raise UserError(f"{args.model}: no trained Decision Maker; train before fitting (--epochs 1)")
+    if dist.world_size > 1:
+        shard(cc, dist, setup.dtype)
+    dtypes = load_cctuning(cc, args.model, torch.float32, dist.device).dtypes
+    trained_for = setup.config.cctuning.get("fusion_layer", 0)
     if args.method == "sft":
         cc.decision_maker.requires_grad_(False)
+    elif cc.trained and trained_for != setup.config.fusion_layer:
+        raise UserError(f"--fusion_layer: {args.model} was trained for layer {trained_for}; leave the option "
+                        "out, or start from the base model")
+    elif args.epochs == 0 and not cc.trained:
+        raise UserError(f"{args.model}: no trained Decision Maker; train before fitting (--epochs 1)")
     if args.checkpoint_activations:
         for layer in cc.lm.model.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    size = sum(p.numel() * loaded.dtypes[name].itemsize for name, p in cc.lm.named_parameters())
-    if setup.dist.rank == 0 and (free := shutil.disk_usage(args.out).free) < size:
+    size = sum(p.numel() * dtypes[name].itemsize for name, p in cc.lm.named_parameters())
+    if dist.rank == 0 and (free := shutil.disk_usage(args.out).free) < size:
         raise UserError(f"{args.out}: {free / 1e9:.2f} GB free, {size / 1e9:.2f} needed; make room")
-    return cc, loaded
+    return cc, dtypes
 
 
 # ------------------------------------------------------------------------------------- one training step
@@ -513,16 +500,18 @@ def train_step(setup, cc, optimizer, step):
     total = torch.zeros((), device=dist.device)
     for group, weight in dist.micro_batches(numbers, args.micro_batch):
         batch = collate([samples[i] for i in group], setup.tokenizer.connection_index, dist.device)
-        noise = gumbel_noise(args.seed, step, group, setup.config.num_hidden_layers)  # (B, L)
+        # The noise of a sample does not depend on how the samples are spread over processes.
+        noise = gumbel_noise([(args.seed, step, i) for i in group], setup.config.num_hidden_layers)  # (B, L)
         with setup.autocast():
-            loss = cc(batch, setup.connection, to_device(noise, dist.device), args.english_grad) * weight
+            loss, _ = cc(batch, CONNECTION[args.method], to_device(noise, dist.device), args.english_grad)
+        loss = weight * loss
         (loss * dist.world_size / targets).backward()  # FSDP averages gradients over processes: undo that
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_NORM)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     loss, norm = dist.sum(total).item() / targets, norm.item()  # now the CPU waits for the GPU
     optimizer.param_groups[0]["lr"] = learning_rate(step, len(setup.steps), args.lr)
-    if math.isfinite(loss) and math.isfinite(norm):
+    if math.isfinite(loss + norm):
         optimizer.step()
     optimizer.zero_grad()
     return loss, norm
@@ -532,47 +521,39 @@ def train_step(setup, cc, optimizer, step):
 
 @torch.no_grad()
 def validate(setup, cc, connections):
-    """{connection: validation loss}, the mean per answer token without noise."""
-    samples, losses = sorted(setup.eval_samples, key=lambda s: -len(s.ids)), {}
+    """Without noise: {connection: mean loss per answer token}, and the Decision Maker's favourite layer.
+
+    The favourite, in words, is the most frequent layer with the English prompts; None if they are not read.
+    """
+    samples, losses, favourite = sorted(setup.eval_samples, key=lambda s: -len(s.ids)), {}, None
     for connection in connections:
         total = torch.zeros(2, dtype=torch.float64, device=setup.dist.device)  # loss, answer tokens
+        picked = torch.zeros(setup.config.num_hidden_layers, device=setup.dist.device)  # of each layer
         for group, weight in setup.dist.micro_batches(samples, setup.args.micro_batch):
             batch = collate(group, setup.tokenizer.connection_index, setup.dist.device)
             with setup.autocast():
-                loss = cc(batch, connection)
+                loss, scores = cc(batch, connection)
             total += weight * torch.stack((loss, (batch.labels != -100).sum())).double()
+            if scores is not None:
+                picked += weight * scores.argmax(-1).bincount(minlength=len(picked))
         loss, count = setup.dist.sum(total).tolist()
         losses[connection] = loss / count
+        share, layer = (setup.dist.sum(picked) / len(samples)).max(0)
+        if connection == "english" and setup.config.source_layer == "decision_maker":
+            favourite = f"layer {int(layer)} ({100 * share:.0f} %)"
     reshard(cc)
-    return losses
-
-
-@torch.no_grad()
-def favourite_layer(setup, cc):
-    """The Decision Maker's most frequent layer on the validation prompts and its share, in words."""
-    if setup.args.method == "sft" or setup.config.source_layer != "decision_maker":
-        return None
-    counts = torch.zeros(setup.config.num_hidden_layers, device=setup.dist.device)
-    for group, weight in setup.dist.micro_batches(setup.eval_samples, setup.args.micro_batch):
-        with setup.autocast():
-            layers = cc.picked_layers(collate(group, setup.tokenizer.connection_index, setup.dist.device))
-        counts += weight * layers.bincount(minlength=len(counts))
-    reshard(cc)
-    share, layer = (setup.dist.sum(counts) / len(setup.eval_samples)).max(0)
-    return f"layer {int(layer)} ({100 * share:.0f} %)"
+    return losses, favourite
 
 
 def report_validation(setup, cc, log):
     """Print what training did to the validation loss, and whether the connection helps."""
-    names = {"none": "no connection"}
-    if setup.args.method == "cc":
-        names |= {"matrix": "matrix", "english": "real English"}
-    losses = validate(setup, cc, names)
+    names = {"none": "no connection", "matrix": "matrix", "english": "real English"}
+    losses, favourite = validate(setup, cc, names if setup.args.method == "cc" else ["none"])
     log.write(eval_loss=losses)
     rows = {"base model": log.first.get("base_loss"), **{names[c]: loss for c, loss in losses.items()}}
     lines = ["validation loss (lower is better)"]
     lines += [f"  {name:<15}{loss:.4f}" for name, loss in rows.items() if loss]
-    if favourite := favourite_layer(setup, cc):
+    if favourite:
         earlier = log.first.get("favourite", "not measured")
         lines.append(f"the Decision Maker's favourite: {earlier} before training, {favourite} after")
     if "matrix" in losses:
@@ -589,30 +570,27 @@ def fit_matrix(setup, cc):
     R^2 is measured on HELD_OUT prompts that are not in the fit.
     """
     args, dist, matrix = setup.args, setup.dist, cc.transform_matrix
-    prompts = [s for s in setup.samples if not s.is_english]
+    prompts = [dataclasses.replace(s, ids=s.ids[:s.prompt_length]) for s in setup.samples if not s.is_english]
     order = np.random.default_rng((args.seed, len(setup.samples))).permutation(len(prompts))
     held_out = min(HELD_OUT, len(prompts) // 5)
     test, fit = (sorted((prompts[i] for i in part), key=lambda s: -s.prompt_length)
                  for part in (order[:held_out], order[held_out:held_out + args.matrix_prompts]))
 
-    def activations(samples):
+    def activations(prompts):
         """X and Y (L, B, d)."""
-        texts = [s.ids[:s.prompt_length] for s in samples], [s.english_ids for s in samples]
+        batch = collate(prompts, setup.tokenizer.connection_index, dist.device)
         with setup.autocast():
-            return [cc.activations(to_device(ids, dist.device),
-                                   to_device(lengths + setup.tokenizer.connection_index, dist.device))
-                    for ids, lengths in map(pad, texts)]
+            return (cc.activations(batch.ids, batch.position),
+                    cc.activations(batch.english_ids, batch.english_position))
 
-    width = setup.config.hidden_size
-    matrix.sums = torch.zeros(2, width, width, dtype=torch.float64, device=dist.device)
     count = torch.zeros((), device=dist.device)  # of prompts in the fit
     groups = list(dist.micro_batches(fit, args.micro_batch))
     for group, weight in tqdm(groups, "matrix", disable=dist.rank > 0 or None):
         own, english = activations(group)
         finite = (own.isfinite() & english.isfinite()).all(2).all(0)  # (B,): one bad prompt ruins the sums
-        if weight and finite.any():
-            matrix.add(own[:, finite], english[:, finite])
-            count += finite.sum()
+        finite &= bool(weight)
+        matrix.add(own[:, finite], english[:, finite])
+        count += finite.sum()
     if not dist.sum(count):
         raise UserError(f"{args.data}: no prompt has finite activations; lower --lr, or check the samples")
     dist.sum(matrix.sums)
@@ -669,10 +647,6 @@ class Checkpointer:
         self.setup, self.cc, self.optimizer = setup, cc, optimizer
         self.folder = Path(setup.args.out) / "checkpoints"
 
-    def complete(self):
-        """The complete checkpoints, oldest first."""
-        return sorted(self.folder.glob(STEP))
-
     def state(self):
         """{name: tensor} of all that is saved; resume reads into these tensors."""
         state = {}
@@ -697,18 +671,16 @@ class Checkpointer:
         temporary = target.with_suffix(".tmp")
 
         def finish(hashes):
-            files = dict(item for found in hashes for item in found.items())
+            files = {name: found for of_rank in hashes for name, found in of_rank.items()}
             saved = {**self.setup.run_info, "step": step, "files": files}
             write_text(temporary / "run.json", json.dumps(saved))
             temporary.rename(target)
             sync(self.folder)
-            for old in self.complete()[:-self.setup.args.keep]:
+            for old in sorted(self.folder.glob(STEP))[:-self.setup.args.keep]:
                 shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
         with writing(target, temporary, dist):
-            dist.on_rank0(temporary.mkdir, 0o777, True)
-            writer = dcp.FileSystemWriter(temporary, sync_files=True)
-            dcp.save(self.state(), storage_writer=writer, no_dist=dist.world_size == 1)
+            dcp.save(self.state(), storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
             dist.on_rank0(finish, dist.gather(dist.together(self.hashes, temporary)))
 
     def check(self, path):
@@ -724,13 +696,21 @@ class Checkpointer:
             raise UserError(f"{path}: damaged, or renamed; remove it to resume from the one before it")
 
     def resume(self):
-        """Load the newest checkpoint in place. Returns its step; 0 without a checkpoint."""
-        dist, paths = self.setup.dist, self.complete()
-        if not paths:
-            return 0
-        dist.together(self.check, paths[-1])
-        dcp.load(self.state(), storage_reader=dcp.FileSystemReader(paths[-1]), no_dist=dist.world_size == 1)
-        return int(paths[-1].name.removeprefix("step-"))
+        """With --resume, load the newest checkpoint in place. Returns its step, 0 without one.
+
+        Then removes what other runs left in OUT.
+        """
+        dist, paths, step = self.setup.dist, sorted(self.folder.glob(STEP)), 0
+        if paths and self.setup.args.resume:
+            dist.together(self.check, paths[-1])
+            dcp.load(self.state(), storage_reader=dcp.FileSystemReader(paths[-1]))
+            step = int(paths[-1].name.removeprefix("step-"))
+        dist.gather(None)  # every rank has read the folder; rank 0 may write now
+        if dist.rank == 0:
+            leftovers = self.folder.glob(f"{STEP}.tmp" if step else f"{STEP}*")
+            for old in [self.folder.with_name("saving.tmp"), *leftovers]:
+                shutil.rmtree(old, ignore_errors=True)
+        return step
 
 
 def sha256_of(path):
@@ -741,26 +721,21 @@ def sha256_of(path):
 class Log:
     """OUT/train_log.jsonl, written by rank 0: a line per step, then the matrix and validation losses."""
 
-    def __init__(self, out, start, dist):
-        """Keep the lines up to step `start` of a resumed run; remove what other runs left in `out`."""
-        self.first, self.file, path, entries = {}, None, out / "train_log.jsonl", []
-        if dist.rank > 0:
-            return
-        for line in read_text(path).splitlines() if start and path.exists() else []:
+    def __init__(self, setup, start):
+        """Keep the lines up to step `start` of a resumed run."""
+        self.path, self.rank, entries = Path(setup.args.out) / "train_log.jsonl", setup.dist.rank, []
+        for line in read_text(self.path).splitlines() if start and self.path.exists() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or without a step
                 entries += [entry for entry in [json.loads(line)] if entry["step"] <= start]
-        leftovers = (out / "checkpoints").glob(f"{STEP}.tmp" if start else f"{STEP}*")
-        for old in [out / "saving.tmp", *leftovers]:
-            shutil.rmtree(old, ignore_errors=True)
         self.first = next((entry for entry in entries if entry["step"] == 0), {})  # measured before training
-        write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
-        self.file = open(path, "a", encoding="utf-8")
+        if self.rank == 0:
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
     def write(self, **entry):
-        if self.file:
+        if self.rank == 0:
             text = re.sub(r"-?\b(NaN|Infinity)\b", "null", json.dumps(entry))  # JSON has no such numbers
-            self.file.write(text + "\n")
-            self.file.flush()
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
 
 # --------------------------------------------------------------------------------------------- the run
@@ -768,25 +743,24 @@ class Log:
 def train(args, stop_signals):
     """Train, fit the matrix, save. stop_signals: the signals received so far; see main."""
     with Dist.start() as dist, contextlib.ExitStack() as until_exit:
-        setup = dist.together(read_setup, args, dist)
+        setup = dist.together(Setup, args, dist)
         if len(set(dist.gather(digest((vars(args), setup.samples, setup.eval_samples))))) > 1:
             raise UserError("--data: the processes have other arguments or data; start all with the same")
         if dist.on_rank0(claim, setup, until_exit):
             return dist.print0(f"{args.out}: holds the result of this run already")
-        cc, loaded = dist.together(load_for_training, setup)
+        cc, dtypes = dist.together(load_for_training, setup)
         trainable = [p for p in cc.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
         checkpointer = Checkpointer(setup, cc, optimizer)
-        start = checkpointer.resume() if args.resume else 0
-        dist.gather(None)  # every rank has read the folder; rank 0 may write now
-        log = Log(Path(args.out), start, dist)
+        start = checkpointer.resume()
+        log = Log(setup, start)
         dist.print0(f"{args.method} on {dist.world_size} x {dist.device.type}, "
                     f"{str(setup.dtype).removeprefix('torch.')}: {len(setup.samples)} samples, template "
                     f"{setup.tokenizer.template}, {len(setup.steps)} steps"
                     + (f", resumed after step {start}" if start else ""))
         if setup.eval_samples and not start:
-            base_loss = validate(setup, cc, ["none"])["none"]
-            log.first = {"base_loss": base_loss, "favourite": favourite_layer(setup, cc)}
+            losses, favourite = validate(setup, cc, sorted({"none", CONNECTION[args.method]}))
+            log.first = {"base_loss": losses["none"], "favourite": favourite}
             log.write(step=0, **log.first)
         train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals)
         info = {"run": digest(setup.run_info), "template": setup.tokenizer.template, "method": args.method,
@@ -798,7 +772,7 @@ def train(args, stop_signals):
             log.write(matrix=info["matrix"])
         if setup.eval_samples:
             report_validation(setup, cc, log)
-        save_result(setup, cc, loaded.dtypes, info)
+        save_result(setup, cc, dtypes, info)
         use = ("--lang sw", "") if args.embedded else ("--prompt ...", " --data BENCHMARKS")
         dist.print0(f"saved to {args.out}\nnext: python infer.py --model {args.out} {use[0]}, python eval.py "
                     f"--model {args.out}{use[1]}")
@@ -815,7 +789,7 @@ def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
                      disable=None if dist.rank == 0 and steps else True):
         (epoch, numbers), began = steps[step], time.perf_counter()
         loss, norm = train_step(setup, cc, optimizer, step)
-        is_last, is_finite = step + 1 == len(steps), math.isfinite(loss) and math.isfinite(norm)
+        is_last, is_finite = step + 1 == len(steps), math.isfinite(loss + norm)
 
         # log
         rate = optimizer.param_groups[0]["lr"]
@@ -837,7 +811,7 @@ def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
 
         # validate; after the last epoch train() does
         if setup.eval_samples and not is_last and steps[step + 1][0] != epoch:
-            losses = validate(setup, cc, [setup.connection])
+            losses, _ = validate(setup, cc, [CONNECTION[args.method]])
             log.write(step=step + 1, epoch=epoch, eval_loss=losses)
             dist.print0(f"epoch {epoch + 1}/{args.epochs}: validation loss {min(losses.values()):.4f}")
 

@@ -90,15 +90,19 @@ def make_batch():
     return Batch(ids, labels, last, english, last)
 
 
+def make_noise():
+    return gumbel_noise([(0, 0, i) for i in range(ROWS)], LAYERS)
+
+
 def step_functions(folder, names):
     """{name: one forward and backward}, of the names wanted."""
-    batch, noise, functions = make_batch(), gumbel_noise(0, 0, range(ROWS), LAYERS), {}
+    batch, noise, functions = make_batch(), make_noise(), {}
     count = ROWS * ANSWER
     if any("ours" in name for name in names):
         cc = ours(folder)
-        functions["ours sft"] = lambda: (cc(batch, "none") / count).backward()
+        functions["ours sft"] = lambda: (cc(batch, "none")[0] / count).backward()
         for name, grad in (("ours cc", False), ("ours cc, English gradients", True)):
-            functions[name] = lambda grad=grad: (cc(batch, noise=noise, english_grad=grad) / count).backward()
+            functions[name] = lambda grad=grad: (cc(batch, noise=noise, english_grad=grad)[0] / count).backward()
     if "HF plain" in names:
         hf, given = theirs(folder), {"input_ids": batch.ids, "labels": batch.labels, "use_cache": False}
         functions["HF plain"] = lambda: hf(**given).loss.backward()
@@ -289,11 +293,11 @@ def bfloat16_training(folder, repeats):
     """Seconds of the reference step in float32 and bfloat16; and the relative difference of the two losses
     over the steps of train.py's default run: the mean of its absolute value, and its largest (single steps of
     few rows are noisy)."""
-    batch, count, noise = make_batch(), ROWS * ANSWER, gumbel_noise(0, 0, range(ROWS), LAYERS)
+    batch, count, noise = make_batch(), ROWS * ANSWER, make_noise()
 
     def step(cc, low):
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            loss = cc(batch, noise=noise) / count
+            loss = cc(batch, noise=noise)[0] / count
         loss.backward()
     functions = {name: partial(step, ours(folder), name == "bfloat16") for name in ("float32", "bfloat16")}
     seconds, curves = medians(functions, repeats), []

@@ -51,7 +51,7 @@ def choose(cc, activations, ids, position, noise=None):
 
 def loss(cc, ids, labels, position, english_ids, english_position, connection="english", **options):
     """The loss summed over the answers' tokens; options: noise (B, L), english_grad."""
-    return cc(Batch(ids, labels, position, english_ids, english_position), connection, **options)
+    return cc(Batch(ids, labels, position, english_ids, english_position), connection, **options)[0]
 
 
 def answer(cc, ids, lengths, count, index=-1, connection="none", english=None):

@@ -330,7 +330,7 @@ def training_setup(run, *options):
     """
     os.chdir(ROOT)
     (run.folder / "out").mkdir(exist_ok=True)
-    setup = train.read_setup(train.parse_args([
+    setup = train.Setup(train.parse_args([
         "--model", str(run.folder / "1b"), "--data", "data/dev.jsonl", "--out", str(run.folder / "out"),
         "--batch_size", str(run.rows), "--micro_batch", str(run.rows), "--dtype", "bfloat16",
         "--max_length", str(run.prompt + run.answer), *options]), train.Dist(0, 1, run.device))
@@ -408,7 +408,7 @@ def kept_for_backward(setup, cc):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     with setup.autocast():
-        loss = cc(batch, setup.connections[0])
+        loss, _ = cc(batch, train.CONNECTION[setup.args.method])
     kept = torch.cuda.memory_allocated() - before
     del loss
     return kept / 1e9
