@@ -22,7 +22,6 @@ In the symbols of cctuning.py, what happens to a training file:
 """
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import functools
 import json
@@ -35,7 +34,7 @@ import socket
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
 
@@ -55,11 +54,6 @@ from model import (DATA, INDEX_FILE, RUN_FILE, SOURCES, TEMPLATE_NAMES, Config, 
                    at_least, check_writable, choose_device, error_line, is_ours, pad, printable,
                    process_ranks, read_json, read_records, read_text, refuse_nan, relative, run_script,
                    save_checkpoint, silence, sync, tokenizer_files, write_text)
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints of a single process
 
@@ -157,9 +151,7 @@ class Sample:
 
 
 def read_samples(path, tokenizer, max_length, print0, method="cc"):
-    """The Samples of a training file. Prints how many prompts were too long, and how many answers are cut.
-
-    Without instruction_en, which plain fine-tuning does not need, english_ids is empty.
+    """The Samples of a training file. Prints how many prompts are too long, and how many answers are cut.
 
     Raises UserError for the first malformed line, or if no sample is left.
     """
@@ -172,11 +164,9 @@ def read_samples(path, tokenizer, max_length, print0, method="cc"):
             answered = (ids + tokenizer.answer(record.answer))[:max_length]
             samples.append(Sample(answered, len(ids), english_ids, record.lang, record.is_english))
     if not samples:
-        raise UserError(f"{path}: all {len(records)} prompts are too long for --max_length {max_length}; "
-                        "raise it")
+        raise UserError(f"{path}: all {len(records)} prompts are too long for --max_length {max_length}")
     if dropped := len(records) - len(samples):
-        print0(f"{path}: {dropped} of {len(records)} samples dropped, their prompts leave no room for an "
-               f"answer in {max_length} tokens")
+        print0(f"{path}: {dropped} of {len(records)} samples dropped, no room for an answer")
     if cut := sum(s.ids[-1] != tokenizer.end_of_turn for s in samples):
         print0(f"{path}: {cut} answers cut at {max_length} tokens")
     return samples
@@ -207,14 +197,9 @@ def collate(samples, connection_index, device="cpu"):
     is_answer = (column >= prompts[:, None]) & (column < lengths[:, None])  # (B, T)
     batch = Batch(ids, ids.masked_fill(~is_answer, -100), prompts + connection_index,
                   english_ids, english_lengths + connection_index)
-    return Batch(*(to_device(tensor, device) for tensor in batch))
-
-
-def to_device(tensor, device):
-    """Copy a tensor; to a GPU from pinned memory, so that the CPU does not wait for the copy."""
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if torch.device(device).type == "cuda":  # pinned memory: the CPU does not wait for the copy
+        batch = [tensor.pin_memory() for tensor in batch]
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
 
 # --------------------------------------------------------------------------------------------- processes
@@ -312,15 +297,8 @@ def shard(cc, dist, dtype):
     mesh = torch.distributed.init_device_mesh(dist.device.type, (dist.world_size,))
     for module in [*cc.lm.model.layers, cc]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    for method in ("activations", "picked_layers"):
-        register_fsdp_forward_method(cc, method)
+    register_fsdp_forward_method(cc, "activations")
     cc.to_empty(device=dist.device)
-
-
-def reshard(cc):
-    """Free the root's gathered weights: FSDP keeps them after a forward without a backward."""
-    if isinstance(cc, FSDPModule):
-        cc.reshard()
 
 
 def full_tensor(parameter):
@@ -337,11 +315,11 @@ def memory_plan(args):
     layer = sum(p.numel() for p in lm.model.layers[0].parameters())
     rest = sum(p.numel() for p in lm.parameters()) - config.num_hidden_layers * layer
     part = sum(math.ceil(len(p) / world) * p[0].numel() for p in lm.parameters())
-    low = 4 if args.dtype == "float32" else 2  # bytes of a number in the dtype of the computation
+    low = 4 if args.dtype == "float32" else 2  # bytes of a number in the dtype of computation
     tokens = min(args.micro_batch, math.ceil(args.batch_size / world)) * default_max_length(args, config)
-    if world > 1:  # the root's and two layers' weights are gathered, one group's gradients reduced in float32
-        weights, reduced = low * (rest + 2 * layer), (low + 4) * max(rest, layer)
-    else:  # autocast's copies of all weights but the embedding
+    # The root's and two layers' weights are gathered, one group's gradients reduced in float32.
+    weights, reduced = low * (rest + 2 * layer), (low + 4) * max(rest, layer)
+    if world == 1:  # autocast's copies of all weights but the embedding
         multiplied = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
         weights, reduced = low * multiplied if low == 2 else 0, 0
     return {
@@ -378,7 +356,7 @@ class Setup:
             if (value := getattr(args, name)) is not None:
                 if isinstance(value, int) and value >= layers:
                     raise UserError(f"--{name}: {args.model} has the layers 0 to {layers - 1}; give one of them")
-                self.config = dataclasses.replace(self.config, **{name: value})
+                self.config = replace(self.config, **{name: value})
         self.tokenizer = Tokenizer(args.model, self.config, args.template)
         if self.tokenizer.notice:
             dist.print0(self.tokenizer.notice)
@@ -392,20 +370,14 @@ class Setup:
                       for numbers in make_batches(self.samples, args.batch_size, args.seed, epoch)]
         on_gpu = dist.device.type == "cuda"
         self.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))  # of computation
-
-    @functools.cached_property
-    def run_info(self):
-        """Settings that must match on resume."""
-        info = {name: value for name, value in vars(self.args).items() if name not in RESUME_MAY_CHANGE}
-        model = Path(self.args.model).resolve()  # however its path is spelled
-        return info | {"model": f"{model} {digest(read_text(model / 'config.json'))}",
-                       "data": digest(self.samples), "dtype": str(self.dtype),
-                       "fusion_layer": self.config.fusion_layer}
-
-    def autocast(self):
-        """bfloat16 in one process. In several, fully_shard gathers the weights in it: see shard."""
-        enabled = self.dtype == torch.bfloat16 and self.dist.world_size == 1
-        return torch.autocast(self.dist.device.type, torch.bfloat16, enabled=enabled)
+        # Only in one process: in several, fully_shard gathers the weights in bfloat16.
+        low = self.dtype == torch.bfloat16 and dist.world_size == 1
+        self.autocast = functools.partial(torch.autocast, dist.device.type, torch.bfloat16, low)
+        model = Path(args.model).resolve()  # however its path is spelled
+        self.run_info = {name: value for name, value in vars(args).items() if name not in RESUME_MAY_CHANGE}
+        self.run_info |= {  # what must match on resume
+            "model": f"{model} {digest(read_text(model / 'config.json'))}", "data": digest(self.samples),
+            "dtype": str(self.dtype), "fusion_layer": self.config.fusion_layer}
 
 
 def digest(value):
@@ -417,40 +389,32 @@ def default_max_length(args, config):
 
 
 def claim(setup, until_exit):
-    """On rank 0: lock --out and mark it as ours. True: this run has finished, --resume has nothing to do.
+    """On rank 0: lock --out and mark it as ours. True: --resume finds the result of this run there.
 
     Raises UserError if the folder is in use, or holds something that must not be replaced.
     """
-    out = Path(setup.args.out)
+    args, out = setup.args, Path(setup.args.out)
     is_ours(out)  # refuses a folder of others before anything is written there
     out.mkdir(parents=True, exist_ok=True)
     lock = until_exit.enter_context(open(out / ".lock", "a"))
     try:
+        import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the run ends
     except BlockingIOError:
         user = read_json(out / RUN_FILE).get("cctuning") if (out / RUN_FILE).exists() else "another run"
         raise UserError(f"{out}: in use by {user}; wait for it, or give another --out") from None
-    except (OSError, AttributeError):  # a file system without locks; Windows
+    except (OSError, ImportError):  # a file system without locks; Windows
         setup.dist.print0(f"{out}: cannot be locked; do not start a second run with this --out")
-    if not (finished := is_finished(setup)):
-        holder = f"process {os.getpid()} on {socket.gethostname()}"
-        write_text(out / RUN_FILE, json.dumps({"cctuning": holder}))
-    return finished
-
-
-def is_finished(setup):
-    """True if --resume finds the result of this run. Raises UserError for what may not be replaced."""
-    args, out = setup.args, Path(setup.args.out)
-    if not (out / INDEX_FILE).exists():  # the last file of a result to be written, the first to be removed
-        if list((out / "checkpoints").glob(STEP)) and not (args.overwrite or args.resume):
-            raise UserError(f"{out}/checkpoints: a run was stopped; continue with --resume, or start over "
-                            "with --overwrite")
-        return False
-    existing = Config.read(out).cctuning
-    if args.resume and existing.get("run") == digest(setup.run_info):
-        return True
-    if not args.overwrite and not (args.embedded and existing.get("arguments", {}).get("embedded") is True):
-        raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
+    if (out / INDEX_FILE).exists():  # a complete model: the index is written last and removed first
+        existing = Config.read(out).cctuning
+        if args.resume and existing.get("run") == digest(setup.run_info):
+            return True
+        if not (args.overwrite or args.embedded and existing.get("arguments", {}).get("embedded") is True):
+            raise UserError(f"{out}: holds a model already; give another --out, or --overwrite to replace it")
+    elif list((out / "checkpoints").glob(STEP)) and not (args.overwrite or args.resume):
+        raise UserError(f"{out}/checkpoints: a run was stopped; continue with --resume, or start over with "
+                        "--overwrite")
+    write_text(out / RUN_FILE, json.dumps({"cctuning": f"process {os.getpid()} on {socket.gethostname()}"}))
     return False
 
 
@@ -466,8 +430,7 @@ def load_for_training(setup):
     if args.method == "sft":
         cc.decision_maker.requires_grad_(False)
     elif cc.trained and trained_for != setup.config.fusion_layer:
-        raise UserError(f"--fusion_layer: {args.model} was trained for layer {trained_for}; leave the option "
-                        "out, or start from the base model")
+        raise UserError(f"--fusion_layer: {args.model} was trained for layer {trained_for}; leave it out")
     elif args.epochs == 0 and not cc.trained:
         raise UserError(f"{args.model}: no trained Decision Maker; train before fitting (--epochs 1)")
     if args.checkpoint_activations:
@@ -500,10 +463,11 @@ def train_step(setup, cc, optimizer, step):
     total = torch.zeros((), device=dist.device)
     for group, weight in dist.micro_batches(numbers, args.micro_batch):
         batch = collate([samples[i] for i in group], setup.tokenizer.connection_index, dist.device)
-        # The noise of a sample does not depend on how the samples are spread over processes.
-        noise = gumbel_noise([(args.seed, step, i) for i in group], setup.config.num_hidden_layers)  # (B, L)
+        # By sample: the noise does not depend on how samples are spread over processes.
+        noise = gumbel_noise([(args.seed, step, i) for i in group], setup.config.num_hidden_layers)
+        noise = noise.to(dist.device, non_blocking=True)  # (B, L)
         with setup.autocast():
-            loss, _ = cc(batch, CONNECTION[args.method], to_device(noise, dist.device), args.english_grad)
+            loss, _ = cc(batch, CONNECTION[args.method], noise, args.english_grad)
         loss = weight * loss
         (loss * dist.world_size / targets).backward()  # FSDP averages gradients over processes: undo that
         total += loss.detach()
@@ -541,7 +505,8 @@ def validate(setup, cc, connections):
         share, layer = (setup.dist.sum(picked) / len(samples)).max(0)
         if connection == "english" and setup.config.source_layer == "decision_maker":
             favourite = f"layer {int(layer)} ({100 * share:.0f} %)"
-    reshard(cc)
+    if isinstance(cc, FSDPModule):
+        cc.reshard()  # FSDP keeps the root's weights gathered after a forward without a backward
     return losses, favourite
 
 
@@ -570,7 +535,7 @@ def fit_matrix(setup, cc):
     R^2 is measured on HELD_OUT prompts that are not in the fit.
     """
     args, dist, matrix = setup.args, setup.dist, cc.transform_matrix
-    prompts = [dataclasses.replace(s, ids=s.ids[:s.prompt_length]) for s in setup.samples if not s.is_english]
+    prompts = [replace(s, ids=s.ids[:s.prompt_length]) for s in setup.samples if not s.is_english]
     order = np.random.default_rng((args.seed, len(setup.samples))).permutation(len(prompts))
     held_out = min(HELD_OUT, len(prompts) // 5)
     test, fit = (sorted((prompts[i] for i in part), key=lambda s: -s.prompt_length)
@@ -606,7 +571,8 @@ def fit_matrix(setup, cc):
     dist.print0(f"matrix: fitted on {info['prompts']} prompts, R^2 per layer on {len(test)} others {shown}")
     if info["doubt"]:
         dist.print0(info["doubt"])
-    reshard(cc)
+    if isinstance(cc, FSDPModule):
+        cc.reshard()
     return info
 
 
@@ -630,8 +596,7 @@ def writing(path, temporary, dist):
     except (UserError, OSError, SafetensorError, CheckpointException) as error:  # the last is a BaseException
         if dist.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        failures = [*getattr(error, "failures", {}).values()]  # of a CheckpointException, by rank
-        reason = str(failures[0][0] if failures else error).strip() or type(error).__name__
+        reason = str(error).strip() or type(error).__name__
         raise UserError(f"{path}: cannot be written ({reason.splitlines()[-1]}); make room, then run again "
                         "with --resume") from None
 

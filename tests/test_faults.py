@@ -1,4 +1,5 @@
 """The user's files stay as they are, and every error is reported: folders, links, pipes, streams, environment."""
+import contextlib
 import errno
 import fcntl
 import io
@@ -146,12 +147,13 @@ def test_the_embedded_result_is_replaced(tmp_path, embedded, own, refused):
     config = json.loads((out / "config.json").read_text())
     config["cctuning"]["arguments"]["embedded"] = own
     (out / "config.json").write_text(json.dumps(config))
-    args = SimpleNamespace(out=out, resume=False, overwrite=False, embedded=embedded)
-    if refused:
-        with pytest.raises(UserError, match="--overwrite"):
-            train.is_finished(SimpleNamespace(args=args))
-    else:
-        assert train.is_finished(SimpleNamespace(args=args)) is False
+    setup = SimpleNamespace(args=SimpleNamespace(out=out, resume=False, overwrite=False, embedded=embedded))
+    with contextlib.ExitStack() as until_exit:
+        if refused:
+            with pytest.raises(UserError, match="--overwrite"):
+                train.claim(setup, until_exit)
+        else:
+            assert train.claim(setup, until_exit) is False
 
 
 def test_a_run_that_died_at_once(base, ran, tmp_path):
