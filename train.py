@@ -11,14 +11,6 @@
 FILE has JSON lines or a JSON list of {"instruction": own language, "instruction_en": the same prompt in
 English, "output": answer}, optional "lang", and "input" that is appended to the instruction. DIR is a
 Hugging Face checkpoint folder; the result is one too, ready for infer.py.
-
-In the symbols of cctuning.py, what happens to a training file:
-    read_samples      a line becomes a Sample: ids of x and e
-    make_batches      an epoch's samples become steps of --batch_size, rows of similar length together
-    micro_batches     this process's share of a step, --micro_batch at a time
-    collate           ... as a Batch: x (B, T), e (B, Te), p (B,)
-    train_step        CCTuning.forward, the mean loss over the step's answer tokens, AdamW
-    fit_matrix        in the end, W (d, d) from H (L, B, d) of prompts and of their English versions
 """
 import argparse
 import contextlib
@@ -80,8 +72,7 @@ def source_layer(text):
 
 
 def parse_args(argv=None):
-    docstring = __doc__.partition("\n\nIn the symbols")[0]
-    parser = argparse.ArgumentParser(description=docstring, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
 
     def add(name, help, kind=None, metavar="N", **options):
         help += f" (default: {PAPER[name]})" if name in PAPER else ""
@@ -102,8 +93,8 @@ def parse_args(argv=None):
     add("epochs", "passes over --data; 0: only fit the matrix", at_least(0))
     add("batch_size", "samples per step, over all processes", at_least(1))
     add("lr", "peak learning rate; 10%% warm-up, then cosine", at_least(0, float))
-    add("max_length", "maximum tokens of prompt and answer; longer answers are cut (default: 1024, or what the "
-        "model takes)", at_least(2))
+    add("max_length", "maximum tokens of prompt and answer; longer answers are cut "
+        "(default: 1024, or what the model takes)", at_least(2))
     add("template", "chat template (default: the checkpoint's)", choices=TEMPLATE_NAMES)
     add("seed", "random seed of order, noise and the initial Decision Maker", at_least(0), default=0)
     add("english_grad", "differentiate the English pass too; the paper's code does not", action="store_true")
@@ -164,9 +155,10 @@ def read_samples(path, tokenizer, max_length, print0, method="cc"):
             answered = (ids + tokenizer.answer(record.answer))[:max_length]
             samples.append(Sample(answered, len(ids), english_ids, record.lang, record.is_english))
     if not samples:
-        raise UserError(f"{path}: all {len(records)} prompts are too long for --max_length {max_length}")
+        raise UserError(f"{path}: all {len(records)} prompts are too long for --max_length {max_length}; "
+                        "raise it")
     if dropped := len(records) - len(samples):
-        print0(f"{path}: {dropped} of {len(records)} samples dropped, no room for an answer")
+        print0(f"{path}: {dropped} of {len(records)} samples dropped, no answer fits in {max_length} tokens")
     if cut := sum(s.ids[-1] != tokenizer.end_of_turn for s in samples):
         print0(f"{path}: {cut} answers cut at {max_length} tokens")
     return samples
@@ -291,7 +283,7 @@ def shard(cc, dist, dtype):
     One forward of the root runs both passes of a step. Weights and optimizer stay float32; layers are
     gathered in the dtype of the computation, gradients reduced in float32.
     """
-    low = torch.bfloat16 if dtype == torch.bfloat16 else None
+    low = torch.bfloat16 if dtype == "bfloat16" else None
     # Inputs are not cast: Gumbel noise rounded to bfloat16 could draw another layer than one process draws.
     policy = MixedPrecisionPolicy(low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
     mesh = torch.distributed.init_device_mesh(dist.device.type, (dist.world_size,))
@@ -355,7 +347,7 @@ class Setup:
         for name in ("source_layer", "fusion_layer"):
             if (value := getattr(args, name)) is not None:
                 if isinstance(value, int) and value >= layers:
-                    raise UserError(f"--{name}: {args.model} has the layers 0 to {layers - 1}; give one of them")
+                    raise UserError(f"--{name}: {args.model} has layers 0 to {layers - 1}; give one of them")
                 self.config = replace(self.config, **{name: value})
         self.tokenizer = Tokenizer(args.model, self.config, args.template)
         if self.tokenizer.notice:
@@ -368,16 +360,16 @@ class Setup:
                             "needs other languages; add some, or give --method sft")
         self.steps = [(epoch, numbers) for epoch in range(args.epochs)  # numbers: of the samples of a step
                       for numbers in make_batches(self.samples, args.batch_size, args.seed, epoch)]
-        on_gpu = dist.device.type == "cuda"
-        self.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))  # of computation
-        # Only in one process: in several, fully_shard gathers the weights in bfloat16.
-        low = self.dtype == torch.bfloat16 and dist.world_size == 1
-        self.autocast = functools.partial(torch.autocast, dist.device.type, torch.bfloat16, low)
-        model = Path(args.model).resolve()  # however its path is spelled
+        args.dtype = args.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32")
+        # bfloat16 in one process. In several, fully_shard gathers the weights in it: see shard.
+        enabled = args.dtype == "bfloat16" and dist.world_size == 1
+        self.autocast = functools.partial(torch.autocast, dist.device.type, torch.bfloat16, enabled)
+        # What must be the same on resume. The model: its path, however spelled, and its config.json.
+        model = Path(args.model).resolve()
         self.run_info = {name: value for name, value in vars(args).items() if name not in RESUME_MAY_CHANGE}
-        self.run_info |= {  # what must match on resume
+        self.run_info |= {
             "model": f"{model} {digest(read_text(model / 'config.json'))}", "data": digest(self.samples),
-            "dtype": str(self.dtype), "fusion_layer": self.config.fusion_layer}
+            "fusion_layer": self.config.fusion_layer}
 
 
 def digest(value):
@@ -424,7 +416,7 @@ def load_for_training(setup):
     with torch.device("meta"):
         cc = CCTuning(setup.config, args.seed)
     if dist.world_size > 1:
-        shard(cc, dist, setup.dtype)
+        shard(cc, dist, args.dtype)
     dtypes = load_cctuning(cc, args.model, torch.float32, dist.device).dtypes
     trained_for = setup.config.cctuning.get("fusion_layer", 0)
     if args.method == "sft":
@@ -719,10 +711,10 @@ def train(args, stop_signals):
         checkpointer = Checkpointer(setup, cc, optimizer)
         start = checkpointer.resume()
         log = Log(setup, start)
-        dist.print0(f"{args.method} on {dist.world_size} x {dist.device.type}, "
-                    f"{str(setup.dtype).removeprefix('torch.')}: {len(setup.samples)} samples, template "
-                    f"{setup.tokenizer.template}, {len(setup.steps)} steps"
-                    + (f", resumed after step {start}" if start else ""))
+        resumed = f", resumed after step {start}" if start else ""
+        dist.print0(f"{args.method} on {dist.world_size} x {dist.device.type}, {args.dtype}: "
+                    f"{len(setup.samples)} samples, template {setup.tokenizer.template}, "
+                    f"{len(setup.steps)} steps{resumed}")
         if setup.eval_samples and not start:
             losses, favourite = validate(setup, cc, sorted({"none", CONNECTION[args.method]}))
             log.first = {"base_loss": losses["none"], "favourite": favourite}
@@ -780,8 +772,8 @@ def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
             log.write(step=step + 1, epoch=epoch, eval_loss=losses)
             dist.print0(f"epoch {epoch + 1}/{args.epochs}: validation loss {min(losses.values()):.4f}")
 
-        # save, after the last step too: fitting and saving may be interrupted; not after a skipped step, whose
-        # checkpoint would replace an older, different one
+        # save, after the last step too: the fit may be interrupted. Not after a skipped step: nothing is new,
+        # and --keep would remove an older checkpoint for it.
         is_orphan = dist.torchrun not in (None, os.getppid())  # torchrun was killed
         is_stopping = dist.sum(torch.tensor(float(len(stop_signals) + is_orphan), device=dist.device)) > 0
         is_due = args.save_every and is_finite and (is_last or (step + 1) % args.save_every == 0)
