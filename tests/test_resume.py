@@ -199,6 +199,15 @@ def test_killed_while_the_result_is_saved(runs, run, ran, tmp_path, monkeypatch)
         assert code == 0 and "resumed after step 12" in said and same(runs.whole, folder), err
 
 
+def test_killed_twice_while_the_result_is_saved(runs, ran, tmp_path):
+    """Catches a result without its last file, the index, taken for finished: a run that died while moving the
+    files into place, then again after it had removed its staging folder."""
+    out = shutil.copytree(runs.whole, tmp_path / "out")
+    (out / INDEX).unlink()
+    assert "resumed after step 12" in ran(*command(runs.model, runs.data, out, resume=True))
+    assert same(runs.whole, out) and (out / INDEX).exists()
+
+
 def test_all_is_on_the_disk_before_it_is_renamed(runs, ran, tmp_path, monkeypatch):
     """Catches a result, log or checkpoint that a power cut leaves empty under its final name."""
     synced, early, moved, fsync, out = set(), [], [], os.fsync, tmp_path / "out"
