@@ -251,9 +251,8 @@ class CCTuning(nn.Module):
 def load_cctuning(cc, folder, dtype=None, device="cpu"):
     """Load a checkpoint folder into a CCTuning (on the meta device, or sharded). Returns model.Loaded.
 
-    A missing Decision Maker starts from a normal distribution of the config's initializer_range. Raises
-    UserError for a cctuning.safetensors that is damaged or does not belong to the model, and as
-    model.load_weights does.
+    A missing Decision Maker is drawn from a normal distribution of the config's initializer_range.
+    Raises UserError for files that are damaged or do not belong to the model.
     """
     loaded = load_weights(cc.lm, folder, dtype, device)
     source, tensors, width = Path(folder) / CCTUNING_FILE, {}, cc.lm.config.hidden_size

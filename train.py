@@ -54,7 +54,6 @@ SORT_WINDOW = 128  # at least this many samples are sorted by length together
 HELD_OUT = 100     # prompts kept out of the matrix fit to measure it
 MAX_SKIPPED = 10   # steps in a row without a finite loss and gradient before the run stops
 STEP = "step-" + 7 * "[0-9]"  # name of a checkpoint
-TIMEOUT = datetime.timedelta(minutes=10)  # of a collective operation
 PAPER = {"epochs": 3, "batch_size": 128, "micro_batch": 8, "lr": 1e-5}
 EMBEDDED = {  # without --model and --data
     "model": relative(DATA / "base"), "data": relative(DATA / "train.jsonl"),
@@ -100,7 +99,7 @@ def parse_args(argv=None):
     add("english_grad", "differentiate the English pass too; the paper's code does not", action="store_true")
     add("source_layer", "ablation, what is fused: decision_maker, random, mean (the last layers dominate "
         "it) or a layer's number (default: the model's)", source_layer)
-    add("fusion_layer", "layer whose FFN it is added to (default: the model's, else 0)", at_least(0))
+    add("fusion_layer", "layer to whose FFN output it is added (default: the model's, else 0)", at_least(0))
 
     group = parser.add_argument_group("Transform Matrix")
     add("matrix_prompts", "number of prompts for the fit", at_least(1), default=1000)
@@ -211,7 +210,7 @@ class Dist:
         device = choose_device()
         if world_size > 1:
             backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-            torch.distributed.init_process_group(backend, timeout=TIMEOUT,
+            torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=10),
                                                  device_id=device if backend == "nccl" else None)
         return cls(rank, world_size, device, os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
 
@@ -280,8 +279,8 @@ class Dist:
 def shard(cc, dist, dtype):
     """Shard the model over the processes: each decoder layer, and the rest with the root.
 
-    One forward of the root runs both passes of a step. Weights and optimizer stay float32; layers are
-    gathered in the dtype of the computation, gradients reduced in float32.
+    Both passes of a step run within one forward of the root. Weights and optimizer stay float32; layers
+    are gathered in the dtype of the computation, gradients reduced in float32.
     """
     low = torch.bfloat16 if dtype == "bfloat16" else None
     # Inputs are not cast: Gumbel noise rounded to bfloat16 could draw another layer than one process draws.
@@ -327,10 +326,9 @@ def memory_plan(args):
 # ------------------------------------------------------------------------------------------------- setup
 
 class Setup:
-    """What a run works with, read and checked before any work is done."""
+    """What a run works with, read before any work is done. Raises UserError for what cannot work."""
 
     def __init__(self, args, dist):
-        """Raises UserError for what cannot work."""
         check_writable(args.out)
         if args.method == "sft":
             unused = [name for name, off in CC_ONLY.items() if getattr(args, name) != off]
@@ -738,7 +736,7 @@ def train(args, stop_signals):
 def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
     """The steps from `start` on: update, log, validate after each epoch, write checkpoints.
 
-    When a signal has come, the step is finished, a checkpoint written, and the process exits.
+    After a signal: finish the step, write a checkpoint, exit.
     """
     args, dist, steps = setup.args, setup.dist, setup.steps
     skipped = in_a_row = 0
