@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from infer import WHICH_MODEL, Engine, add_engine_options, default_model, write_json_lines
 from model import (CCTUNING_FILE, DATA, TOKENIZER_FILES, Config, Help, Tokenizer, UserError, at_least,
-                   check_writable, read_json, read_json_lines, read_records, relative, run_script,
+                   check_writable, read_json, read_json_lines, read_records, read_text, relative, run_script,
                    weight_files, write_text)
 from train import Dist, digest
 
@@ -180,14 +180,15 @@ def model_digest(folder):
                    [(name, stat.st_size, stat.st_mtime_ns) for name, stat in weights]))
 
 
-def give_answers(engine, model, path, task, items, args, dist):
+def give_answers(engine, path, task, items, args, dist):
     """The rows of OUT/answers for a task in one language; those of the file at `path` if nothing has changed.
 
-    model: the digest of its folder. Several processes share the prompts; all get the same rows.
+    Several processes share the prompts; all get the same rows.
     """
     max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS[task]
     prompts, fitting = encode(engine, task, items, max_new_tokens)
     texts, ids = [item.prompt for item in items], [(prompt.ids, prompt.english_ids) for prompt in prompts]
+    model = model_digest(engine.folder)
     wanted = digest((model, engine.connection, engine.dtype, max_new_tokens, texts, ids))
     if not args.again and (rows := dist.on_rank0(read_answers, path, len(items), wanted)):
         return rows
@@ -408,13 +409,19 @@ def is_option(letter, before, after, options):
 
 
 def find_marks(answer, options):
-    """(answer, marks): the options that stand alone, as matches, and the answer with these as capital letters."""
-    alone = rf"(?<![\d{LATIN}])(?<![\d{LATIN}][.,])(?<!\b[{LATIN}]\()[%s](?![\d{LATIN}]|[.,]\d|{ELISION})"
+    """The options that stand alone in an answer, as matches, and the answer with these as capital letters."""
+    before = rf"(?<![\d{LATIN}])(?<![\d{LATIN}][.,])(?<!\b[{LATIN}]\()"  # no word, U.S.A. or P(A)
+    after = rf"(?![\d{LATIN}]|[.,]\d|{ELISION})"
+
+    def mark(match):
+        parts = match[0], match.string[:match.start()], match.string[match.end():]
+        return match[0].upper() if is_option(*parts, options) else match[0].lower()
+
     if not options.isdigit():
-        answer = re.sub(r"[\u0620-\u065f\u0900-\u0963\u0980-\u09e3]+", lambda m: LETTERS.get(m[0], m[0]), answer)
-        answer = re.sub(alone % (options + options.lower()), lambda m: m[0].upper() if is_option(
-            m[0], answer[:m.start()], answer[m.end():], options) else m[0].lower(), answer)
-    return answer, list(re.finditer(alone % options, answer))
+        letters = r"[\u0620-\u065f\u0900-\u0963\u0980-\u09e3]+"  # Arabic, Devanagari, Bengali
+        answer = re.sub(letters, lambda match: LETTERS.get(match[0], match[0]), answer)
+        answer = re.sub(f"{before}[{options}{options.lower()}]{after}", mark, answer)
+    return list(re.finditer(f"{before}[{options}]{after}", answer)), answer
 
 
 def text_after(mark, answer, texts):
@@ -477,12 +484,13 @@ def choice(answer, options, texts):
     texts = [(option, bare(text)) for option, text in texts.items() if bare(text)]
     words = {"123": CHOICE["entailment"], "12": CHOICE["first_or_second"]}.get(options, {})
     known = texts + [(option, word) for option, spellings in words.items() for word in spellings]
-    said = re.split(r"[.!?。।,\n]", answer)[0] if options == "123" else answer  # "Neutral, for it neither ..."
+    said = re.split(r"[.!?。।,\n]", answer)[0] if options == "123" else answer  # "Neutral, for ..."
     whole = {option for option, text in known if text == bare(said)}
     if len(whole) == 1 and bare(said) not in options.casefold():
         return whole.pop()
-    answer, marks = find_marks(normalize_text(answer).strip(), options)
-    denied = rf"[^\w\s,;:]*\s*(?:{'|'.join(re.escape(text) for _, text in texts)})?{DENIED}"
+    marks, answer = find_marks(normalize_text(answer).strip(), options)
+    own = "|".join(re.escape(text) for _, text in texts)
+    denied = rf"(?:(?:{OR}|[,、]\s*)[{options}])*[^\w\s,;:]*\s*(?:{own})?{DENIED}"  # "A, B and C are wrong"
     marks = [mark for mark in marks if not re.match(denied, answer[mark.end():], re.IGNORECASE)]
     kept = [mark for mark in marks if not re.search(NOT_MARK, answer[:mark.start()], re.IGNORECASE)]
     for cue in reversed(list(re.finditer(CUE, answer, re.IGNORECASE))):
@@ -498,22 +506,16 @@ def choice(answer, options, texts):
         return find_text(answer, texts) or find_text(answer, known)
     before, after = answer[:marks[0].start()], answer[marks[0].end():]
     is_set_off = re.fullmatch(OPENING, before) and re.match(CLOSING, after)
-    if is_set_off or kept and {mark[0] for mark in marks if mark.start() >= kept[0].start()} == {kept[0][0]}:
-        return confirmed(kept[0], kept, answer, known)
-    return None
-
-
-def likeliest(row):
-    """The options of the highest likelihood."""
-    return [o for o, value in row["likelihood"].items() if value == max(row["likelihood"].values())]
+    later = {mark[0] for mark in marks if kept and mark.start() >= kept[0].start()}
+    return confirmed(kept[0], kept, answer, known) if is_set_off or len(later) == 1 else None
 
 
 def score_row(task, lang, item, row):
-    """A row of OUT/answers with the option that its answer names, the golds, its scores, 0 to 1, and FLAGS."""
-    text, golds, named = row["answer"], item.answer, None
+    """A row of OUT/answers with what it names, the gold answers, its scores, 0 to 1, and the FLAGS."""
+    text, golds, likelihood, named, best = row["answer"], item.answer, row["likelihood"], None, []
     if task in OPTIONS:
         named = choice(text, OPTIONS[task], option_texts(item.prompt, OPTIONS[task]))
-        best = likeliest(row)
+        best = [option for option, value in likelihood.items() if value == max(likelihood.values())]
         scores = {"accuracy": float(named in golds),
                   "likelihood": sum(option in golds for option in best) / len(best)}  # ties share
     elif task == "XLSum":
@@ -521,17 +523,14 @@ def score_row(task, lang, item, row):
     else:
         scores = open_scores(text, golds, lang)
         scores = {metric: scores[metric] for metric in METRICS[task]}
-    return {**row, "choice": named, "gold": golds, "scores": scores,
+    return {**row, "choice": named, "likeliest": best, "gold": golds, "scores": scores,
             "unparsed": task in OPTIONS and named is None, "unreachable": unreachable(golds, lang)}
 
 
 # -------------------------------------------------------------------------------------------- statistics
 
 class BootstrapScore(NamedTuple):
-    """The score of a column on a task in a language, or a mean of such scores, with its resamples.
-
-    All columns have the same resamples, so that differences between them are paired.
-    """
+    """A score, or a mean of scores, with resamples: the same for all columns, so differences are paired."""
     score: float
     resampled: np.ndarray  # (RESAMPLES,) scores of bootstrap samples of the items
     flipped: np.ndarray  # (PERMUTATIONS,) scores with random signs of the items
@@ -541,8 +540,8 @@ class BootstrapScore(NamedTuple):
     def of(cls, values, task):
         """values: the items' scores.
 
-        One seed per task. All languages of a task contain the same items. Use the same resamples for all of
-        them; otherwise the interval of the mean is too narrow.
+        One seed per task: its languages contain the same items. With other resamples for each language, the
+        interval of the mean would be too narrow.
         """
         interval, count = wilson(values) if {*values} <= {0, 1} else None, len(values)
         values, rng = np.array(values), np.random.default_rng(zlib.crc32(task.encode()))
@@ -557,10 +556,7 @@ class BootstrapScore(NamedTuple):
         return cls(*(np.mean(found, axis=0) for found in list(zip(*scores, strict=True))[:3]))
 
     def summary(self, first):
-        """Score, 95 % interval, difference to the first column with its interval and two-sided p-value.
-
-        The p-value is that of a paired permutation test: the signs of the items' differences are drawn.
-        """
+        """Score and difference to the first column, their 95 % intervals, p of a permutation test."""
         interval, of_difference = (np.percentile(found, (2.5, 97.5)).tolist()
                                    for found in (self.resampled, self.resampled - first.resampled))
         difference = float(self.score - first.score)
@@ -698,7 +694,7 @@ class Results:
             golds = [mean(option in row["gold"] for row in rows) for option in options]
             details |= {"chance": sum(golds) / len(golds), "majority": max(golds)}
             details |= {f"picked {o}": mean(row["choice"] == o for row in rows) for o in options}
-            details |= {f"likeliest {o}": mean(o in likeliest(row) for row in rows) for o in options}
+            details |= {f"likeliest {o}": mean(o in row["likeliest"] for row in rows) for o in options}
             details["unparsed"] = mean(row["unparsed"] for row in rows)
         details["truncated"] = mean(row["truncated"] for row in rows)
         layers = [row["layer"] for row in rows if row["layer"] is not None]
@@ -708,8 +704,8 @@ class Results:
             "layers": np.bincount(layers, minlength=rows[0]["layers"]).tolist() if layers else None,
             **{flag: sum(row[flag] for row in rows) for flag in FLAGS}})
 
-    def write(self, out, plots=None):
-        """Write results.json, results.md and, if `plots` names a folder, the pictures. Returns the tables."""
+    def write(self, out):
+        """Write results.json and results.md."""
         first = self.cells[0]["column"]
         summaries = holm([{"task": task, "lang": lang, "column": column, **score.summary(columns[first])}
                           for task, lang, columns in with_means(self.scores)
@@ -724,9 +720,6 @@ class Results:
                       "seconds": [[*of, seconds] for of, seconds in self.seconds.items()]}
         write_text(out / "results.json", json.dumps(everything, indent=1))
         write_text(out / "results.md", "\n\n".join(tables) + "\n")
-        if plots:
-            load_plot()(Path(plots), self.cells, summaries)
-        return "\n\n".join(tables)
 
     def notices(self):
         """What a reader of the tables must know, line by line."""
@@ -747,11 +740,10 @@ class Results:
 
 def evaluate(engine, column, folder, todo, args, dist, results, **about):
     """Answer (without an engine: read the answers to) and score all tasks for a column of the results."""
-    of_model = engine and model_digest(engine.folder)
     for task, lang, items in todo:
         start, path = time.time(), folder / task / f"{lang}.jsonl"
         if engine:
-            rows = give_answers(engine, of_model, path, task, items, args, dist)
+            rows = give_answers(engine, path, task, items, args, dist)
         elif (rows := read_answers(path, len(items))) is None:
             raise UserError(f"{path}: has not {len(items)} answers, one per item; answer without --rescore")
         rows = [score_row(task, lang, item, row) for item, row in zip(items, rows, strict=True)]
@@ -816,10 +808,11 @@ def main():
         if not results.cells:
             raise UserError(f"{out}/answers: has none of {', '.join(args.model)}; answer without --rescore")
         if dist.rank == 0:
-            tables = results.write(out, args.plot)
             dist.print0("\n".join([*results.notices(), ""]))
-            dist.print0(f"scores in per cent (95 % intervals)\n\n{tables}")
-            dist.print0(f"\nresults and answers are in {out}")
+            dist.print0(f"scores in per cent (95 % intervals)\n\n{read_text(out / 'results.md')}")
+            if args.plot:
+                load_plot()(Path(args.plot), read_json(out / "results.json"))
+            dist.print0(f"results and answers are in {out}")
 
 
 if __name__ == "__main__":

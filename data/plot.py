@@ -9,13 +9,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-def draw(folder, cells, summaries):
+def draw(folder, results):
     """Draw scores.png, layers.png (if a layer was chosen) and loss.png (if a model has a train_log.jsonl).
 
-    cells and summaries: "results" and "summaries" of results.json.
+    results: the contents of results.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    draw_scores(folder, cells, summaries)
+    cells = results["results"]
+    draw_scores(folder, cells, results["summaries"])
     layers = {}  # {column: {"task lang": number of answers that chose each layer}}
     for cell in cells:
         if cell["layers"]:
