@@ -512,7 +512,8 @@ def choice(answer, options, texts):
 
 def score_row(task, lang, item, row):
     """A row of OUT/answers with what it names, the gold answers, its scores, 0 to 1, and the FLAGS."""
-    text, golds, likelihood, named, best = row["answer"], item.answer, row["likelihood"], None, []
+    text, golds, likelihood = row["answer"], item.answer, row["likelihood"]
+    named, best = None, []
     if task in OPTIONS:
         named = choice(text, OPTIONS[task], option_texts(item.prompt, OPTIONS[task]))
         best = [option for option, value in likelihood.items() if value == max(likelihood.values())]
@@ -615,39 +616,37 @@ def table(head, rows):
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-def side_by_side(head, columns, cells):
-    """A Markdown table with a row per (task, name) from cells (task, name, column, text)."""
-    rows = {}
-    for task, name, column, text in cells:
-        rows.setdefault((task, name), {})[column] = text
-    return table([*head, *columns], [[*row, *(texts.get(column, "") for column in columns)]
-                                     for row, texts in rows.items()])
+def tables(cells, seconds, summaries):
+    """Markdown: scores with intervals, means compared with the first column, what explains the scores.
 
-
-def score_cells(summaries):
-    """Scores in per cent with their intervals, for side_by_side."""
+    cells, summaries: "results" and "summaries" of results.json. seconds: {(task, column): seconds}.
+    """
+    columns = list(dict.fromkeys(cell["column"] for cell in cells))
+    scores, comparisons, details = defaultdict(dict), [], defaultdict(dict)  # {(task, name): {column: text}}
     for s in summaries:
         score, low, high = (100 * x for x in (s["score"], *s["interval"]))
-        yield s["task"], s["lang"], s["column"], f"{score:.1f} ({low:.1f}-{high:.1f})"
-
-
-def comparison_rows(summaries):
-    """Differences of the means to the first column, in per cent."""
-    for s in summaries:
-        if s["column"] != summaries[0]["column"] and s["lang"].startswith("mean"):
+        scores[s["task"], s["lang"]][s["column"]] = f"{score:.1f} ({low:.1f}-{high:.1f})"
+        if s["column"] != columns[0] and s["lang"].startswith("mean"):
             difference, low, high = (100 * x for x in (s["difference"], *s["difference_interval"]))
-            yield [s["task"], s["lang"], s["column"], f"{difference:+.1f}", f"{low:+.1f} to {high:+.1f}",
-                   f"{s['p']:.4f}", f"{s['p_holm']:.4f}" if "p_holm" in s else ""]
-
-
-def detail_cells(cells, seconds):
-    """What explains the scores: means over languages in per cent; items and seconds of each task."""
+            comparisons.append([s["task"], s["lang"], s["column"], f"{difference:+.1f}",
+                                f"{low:+.1f} to {high:+.1f}", f"{s['p']:.4f}",
+                                f"{s['p_holm']:.4f}" if "p_holm" in s else ""])
     for (task, column), duration in seconds.items():
         group = [cell for cell in cells if (cell["task"], cell["column"]) == (task, column)]
         for what in group[0]["details"]:
-            yield task, what, column, f"{100 * np.mean([cell['details'][what] for cell in group]):.1f}"
-        yield task, "items", column, str(sum(cell["items"] for cell in group))
-        yield task, "seconds", column, f"{duration:.1f}"
+            details[task, what][column] = f"{100 * np.mean([cell['details'][what] for cell in group]):.1f}"
+        details[task, "items"][column] = str(sum(cell["items"] for cell in group))
+        details[task, "seconds"][column] = f"{duration:.1f}"
+
+    def by_column(head, found):
+        rows = ([*row, *(texts.get(column, "") for column in columns)] for row, texts in found.items())
+        return table([*head, *columns], rows)
+
+    found = [by_column(["task", "language"], scores), by_column(["task", "mean of"], details)]
+    if comparisons:
+        head = ["task", "language", f"against {columns[0]}", "difference", "95 % interval", "p", "Holm's p"]
+        found.insert(1, table(head, comparisons))
+    return "\n\n".join(found)
 
 
 def load_plot():
@@ -660,10 +659,10 @@ def load_plot():
 
 def commit():
     """The commit of this code; None where it or git is missing."""
-    command = ["git", "-C", HERE, "rev-parse", "HEAD"]
+    command = ["git", "-C", HERE, "log", "-1", "--format=%H"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
         return None
 
 
@@ -710,16 +709,10 @@ class Results:
         summaries = holm([{"task": task, "lang": lang, "column": column, **score.summary(columns[first])}
                           for task, lang, columns in with_means(self.scores)
                           for column, score in columns.items()])
-        columns = list(dict.fromkeys(cell["column"] for cell in self.cells))
-        tables = [side_by_side(["task", "language"], columns, score_cells(summaries)),
-                  side_by_side(["task", "mean of"], columns, detail_cells(self.cells, self.seconds))]
-        if len(columns) > 1:
-            head = ["task", "language", f"against {first}", "difference", "95 % interval", "p", "Holm's p"]
-            tables.insert(1, table(head, comparison_rows(summaries)))
         everything = {**self.about, "results": self.cells, "summaries": summaries,
                       "seconds": [[*of, seconds] for of, seconds in self.seconds.items()]}
         write_text(out / "results.json", json.dumps(everything, indent=1))
-        write_text(out / "results.md", "\n\n".join(tables) + "\n")
+        write_text(out / "results.md", tables(self.cells, self.seconds, summaries) + "\n")
 
     def notices(self):
         """What a reader of the tables must know, line by line."""
