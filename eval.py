@@ -307,16 +307,13 @@ def is_contained(answer, gold, lang):
     """Do the gold's words stand in the answer, side by side?
 
     The first may have an attached particle before it (ar), the last one after it (ko, tr, ru); not at digits
-    or words of one or two letters (ko, tr: of one). Apostrophes may separate a word's endings.
+    or words of one or two letters (ko, tr: of one). Apostrophes separate words.
     """
     before, after = (LANGUAGE_TABLES["particles"][side].get(lang, "") for side in ("before", "after"))
-    for apostrophe in ("(?!)", "['’ʼ`]"):
-        found, words = (answer_tokens(re.sub(apostrophe, " ", text), lang) for text in (answer, gold))
-        key = re.escape(" ".join(words))
-        key = rf"(?<!\S)(?:(?:{before})(?=[^\d\s]{{3}}))?{key}(?:(?<=[^\d\s]{{2}})(?:{after}))?(?!\S)"
-        if words and re.search(key, " ".join(found)):
-            return True
-    return False
+    found, words = (answer_tokens(re.sub("['’ʼ`]", " ", text), lang) for text in (answer, gold))
+    key = re.escape(" ".join(words))
+    key = rf"(?<!\S)(?:(?:{before})(?=[^\d\s]{{3}}))?{key}(?:(?<=[^\d\s]{{2}})(?:{after}))?(?!\S)"
+    return bool(words and re.search(key, " ".join(found)))
 
 
 def token_f1(answer, gold, lang):
@@ -342,8 +339,8 @@ def open_scores(answer, golds, lang):
         else:
             given = plain_numbers(iso_dates(answer, lang) if is_date(gold) else answer, lang)
             wanted = plain_numbers(gold, lang)
-            contained = is_contained(given, wanted, lang)
             exact = answer_tokens(given, lang) == answer_tokens(wanted, lang)
+            contained = exact or is_contained(given, wanted, lang)
         scores = {"contained": contained, "exact": exact, "f1": token_f1(answer, gold, lang)}
         best = {metric: max(best[metric], float(score)) for metric, score in scores.items()}
     return best
