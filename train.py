@@ -225,8 +225,8 @@ class Dist:
             torch.distributed.destroy_process_group()
 
     def print0(self, text, file=None):
-        """Print on rank 0 only, above a progress bar. If the reader has gone (`| head`), the run goes on."""
-        if self.rank == 0:
+        """Print on rank 0, above a progress bar; None: nothing. If the reader has gone, the run goes on."""
+        if self.rank == 0 and text is not None:
             file = file or sys.stdout
             try:
                 tqdm.write(printable(text), file=file)
@@ -348,8 +348,7 @@ class Setup:
                     raise UserError(f"--{name}: {args.model} has layers 0 to {layers - 1}; give one of them")
                 self.config = replace(self.config, **{name: value})
         self.tokenizer = Tokenizer(args.model, self.config, args.template)
-        if self.tokenizer.notice:
-            dist.print0(self.tokenizer.notice)
+        dist.print0(self.tokenizer.notice)
         self.samples, self.eval_samples = (
             read_samples(path, self.tokenizer, max_length, dist.print0, args.method) if path else []
             for path in (args.data, args.eval_data))
@@ -379,7 +378,7 @@ def default_max_length(args, config):
 
 
 def claim(setup, until_exit):
-    """On rank 0: lock --out and mark it as ours. True: --resume finds the result of this run there.
+    """Lock --out and mark it as ours; for rank 0. Returns True if --resume finds this run's result there.
 
     Raises UserError if the folder is in use, or holds something that must not be replaced.
     """
@@ -409,7 +408,7 @@ def claim(setup, until_exit):
 
 
 def load_for_training(setup):
-    """The model with float32 weights, sharded over several processes; {tensor name: dtype as stored}."""
+    """Returns the model, float32 and sharded over the processes, and {tensor name: dtype as stored}."""
     args, dist = setup.args, setup.dist
     with torch.device("meta"):
         cc = CCTuning(setup.config, args.seed)
@@ -475,9 +474,9 @@ def train_step(setup, cc, optimizer, step):
 
 @torch.no_grad()
 def validate(setup, cc, connections):
-    """Without noise: {connection: mean loss per answer token}, and the Decision Maker's favourite layer.
+    """Returns {connection: mean loss per answer token} and the Decision Maker's favourite layer.
 
-    The favourite, in words, is the most frequent layer with the English prompts; None if they are not read.
+    The favourite is the layer that it picks most often from the English prompts; None without these.
     """
     samples, losses, favourite = sorted(setup.eval_samples, key=lambda s: -len(s.ids)), {}, None
     for connection in connections:
@@ -542,7 +541,7 @@ def fit_matrix(setup, cc):
     groups = list(dist.micro_batches(fit, args.micro_batch))
     for group, weight in tqdm(groups, "matrix", disable=dist.rank > 0 or None):
         own, english = activations(group)
-        finite = (own.isfinite() & english.isfinite()).all(2).all(0)  # (B,): one bad prompt ruins the sums
+        finite = (own.isfinite() & english.isfinite()).all(2).all(0)  # (B,): others would ruin the sums
         finite &= bool(weight)
         matrix.add(own[:, finite], english[:, finite])
         count += finite.sum()
@@ -559,8 +558,7 @@ def fit_matrix(setup, cc):
     info["doubt"] = doubt(info, setup.config)
     shown = " ".join("-" if r is None else f"{r:.2f}" for r in info["r_squared"])
     dist.print0(f"matrix: fitted on {info['prompts']} prompts, R^2 per layer on {len(test)} others {shown}")
-    if info["doubt"]:
-        dist.print0(info["doubt"])
+    dist.print0(info["doubt"])
     if isinstance(cc, FSDPModule):
         cc.reshard()
     return info
