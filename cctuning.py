@@ -81,21 +81,15 @@ class DecisionMaker(nn.Module):
 
 
 class FixedChoice(nn.Module):
-    """Replaces the Decision Maker in ablations. source: a layer index, "random" or "mean".
-
-    "mean" fuses the mean of all layers, which the last ones dominate: their norms are the largest.
-    """
+    """Replaces the Decision Maker in ablations. source: a layer index, "random" or "mean" (of all layers)."""
 
     def __init__(self, source):
         super().__init__()
         self.source = source
 
     def forward(self, activations, embedding, noise=None):
-        """As DecisionMaker.forward. Scores: 0 for the chosen layer, -inf for the others; None for "mean".
-
-        "random" picks the layer of the largest noise (B, L), which it needs.
-        """
-        if self.source == "mean":
+        """As DecisionMaker.forward. Scores: 0 for the chosen layer, -inf for the others; None for "mean"."""
+        if self.source == "mean":  # dominated by the last layers: their norms are the largest
             return activations.float().mean(0), None
         if self.source == "random":
             layer = noise.argmax(-1)  # (B,)

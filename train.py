@@ -519,10 +519,7 @@ def report_validation(setup, cc, log):
 
 @torch.no_grad()
 def fit_matrix(setup, cc):
-    """Fit the Transform Matrix on a seeded sample of the non-English prompts. Returns the fit's info.
-
-    R^2 is measured on HELD_OUT prompts that are not in the fit.
-    """
+    """Fit the Transform Matrix on a seeded sample of the non-English prompts. Returns the fit's info."""
     args, dist, matrix = setup.args, setup.dist, cc.transform_matrix
     prompts = [replace(s, ids=s.ids[:s.prompt_length]) for s in setup.samples if not s.is_english]
     order = np.random.default_rng((args.seed, len(setup.samples))).permutation(len(prompts))
@@ -649,10 +646,7 @@ class Checkpointer:
             raise UserError(f"{path}: damaged, or renamed; remove it to resume from the one before it")
 
     def resume(self):
-        """With --resume, load the newest checkpoint in place. Returns its step, 0 without one.
-
-        Then removes what other runs left in OUT.
-        """
+        """With --resume, load the newest checkpoint. Removes what other runs left. Returns the step or 0."""
         dist, paths, step = self.setup.dist, sorted(self.folder.glob(STEP)), 0
         if paths and self.setup.args.resume:
             dist.together(self.check, paths[-1])
@@ -732,10 +726,7 @@ def train(args, stop_signals):
 
 
 def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
-    """The steps from `start` on: update, log, validate after each epoch, write checkpoints.
-
-    After a signal: finish the step, write a checkpoint, exit.
-    """
+    """The steps from `start` on: update, log, validate after each epoch, write checkpoints."""
     args, dist, steps = setup.args, setup.dist, setup.steps
     skipped = in_a_row = 0
     for step in tqdm(range(start, len(steps)), "train ", len(steps), initial=start,
@@ -806,8 +797,8 @@ def main():
         for what, size in [*sizes.items(), ("together, activations come on top", sum(sizes.values()))]:
             print(f"{size / 1e9:8.2f} GB  {what}")
         return
-    # On SIGTERM or SIGINT: finish the step, save, exit; after the last step: finish the run. A second signal
-    # ends the run at once.
+    # On SIGTERM or SIGINT: finish the step, write a checkpoint, exit; after the last step: finish the run.
+    # A second signal ends the run at once.
     default = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     stop_signals = []
 
