@@ -131,6 +131,14 @@ def parse_args(argv=None):
 
 # -------------------------------------------------------------------------------------------------- data
 
+# What happens to a training file, in the symbols of cctuning.py:
+#     read_samples     a line becomes a Sample: ids of x and e
+#     make_batches     an epoch's samples become steps of --batch_size, rows of similar length together
+#     micro_batches    this process's share of a step, --micro_batch rows at a time
+#     collate          a Batch: x (B, T), e (B, Te), p (B,)
+#     train_step       CCTuning.forward, the mean loss over the step's answer tokens, AdamW
+#     fit_matrix       in the end, W (d, d) from H (L, B, d) of prompts and of their English versions
+
 @dataclass
 class Sample:
     ids: list           # x: prompt and answer, end of turn included
@@ -369,8 +377,14 @@ class Setup:
             "fusion_layer": self.config.fusion_layer}
 
 
-def digest(value):
-    return sha256(repr(value).encode()).hexdigest()[:16]
+def digest(*values):
+    """A hash of the values. A list is read item by item: the text of all samples may take gigabytes."""
+    hashed = sha256()
+    for value in values:
+        items = value if isinstance(value, list) else [value]
+        for item in (len(items), *items):
+            hashed.update(repr(item).encode())
+    return hashed.hexdigest()[:16]
 
 
 def default_max_length(args, config):
@@ -691,7 +705,7 @@ def train(args, stop_signals):
     """Train, fit the matrix, save. stop_signals: the signals received so far; see main."""
     with Dist.start() as dist, contextlib.ExitStack() as until_exit:
         setup = dist.together(Setup, args, dist)
-        if len(set(dist.gather(digest((vars(args), setup.samples, setup.eval_samples))))) > 1:
+        if len(set(dist.gather(digest(vars(args), setup.samples, setup.eval_samples)))) > 1:
             raise UserError("--data: the processes have other arguments or data; start all with the same")
         if dist.on_rank0(claim, setup, until_exit):
             return dist.print0(f"{args.out}: holds the result of this run already")
