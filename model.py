@@ -28,9 +28,8 @@ import secrets
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -760,7 +759,6 @@ JINJA = (  # of the paper's templates; START, BEFORE, AFTER and END are replaced
     "{% elif m['role'] == 'assistant' %}{{ m['content'] + END }}"
     "{% else %}{{ raise_exception('trained with user and assistant turns only') }}{% endif %}{% endfor %}")
 TODAY = datetime.datetime(2024, 7, 26)  # the date in every prompt: it must not change from day to day
-DEFAULTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}  # variables of chat templates
 TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")  # the form of pieces that mark turns
 WORDS, ANSWER = "\ue000", "\ue001"  # placeholders, of the private use area
 
@@ -769,10 +767,10 @@ def freeze(source):
     """A chat template that renders the same on any day, and without thinking unless asked for."""
     dates = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
     source = dates.sub(lambda match: json.dumps(TODAY.strftime(match[2])), source)
-    for name, value in DEFAULTS.items():
-        line = f"{{%- set {name} = {name} | default({json.dumps(value)}) %}}\n"
-        source = line + source if name in source and line not in source else source
-    return source
+    if "date_string" in source and "set date_string" not in source:
+        source = f'{{%- set date_string = date_string | default("{TODAY:%d %b %Y}") %}}\n' + source
+    thinking = "{%- set enable_thinking = enable_thinking | default(false) %}\n"
+    return thinking + source if "enable_thinking" in source and thinking not in source else source
 
 
 def compile_jinja(source):
@@ -784,8 +782,8 @@ def compile_jinja(source):
         raise jinja2.TemplateError(message)
 
     # {% generation %} marks the answer for transformers and changes no text.
-    source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
-    source = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", source)
+    source = re.sub(r"({%[-+]?\s*)(end|)generation\b",
+                    lambda match: match[1] + ("endif" if match[2] else "if true"), source)
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
@@ -803,24 +801,51 @@ class Turn(NamedTuple):
     prefix: bool   # True if the tokenizer puts a space before the text
 
 
-@contextmanager
-def no_panic(path):
-    """Turn a panic of the tokenizers package into a UserError.
+def no_panic(method):
+    """Turn a failure of the tokenizers package into a UserError.
 
-    A panic is not an Exception, and is printed before it can be caught: stderr is silenced meanwhile.
+    It raises plain Exceptions, or panics: not an Exception, and printed before it can be caught. So stderr is
+    silenced meanwhile.
     """
-    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{path}: the tokenizers package fails ({error}); copy the file again") from None
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(null)
+    @wraps(method)
+    def guarded(self, *args, **options):
+        stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        try:
+            return method(self, *args, **options)
+        except BaseException as error:
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{self.path}: the tokenizers package fails ({error}); copy the file "
+                            "again") from None
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.close(null)
+    return guarded
+
+
+def splitter(tokens):
+    """A function that cuts a text at tokens, {text: token}: [text or id]."""
+    ids, patterns = {name: token["id"] for name, token in tokens.items()}, []
+    for name in sorted(ids, key=len, reverse=True):
+        left, right = (r"\s*" if tokens[name].get(key) else "" for key in ("lstrip", "rstrip"))
+        patterns.append(left + re.escape(name) + right)
+    pattern = re.compile(f"({'|'.join(patterns) or '(?!)'})")
+
+    def split(text):
+        parts = enumerate(pattern.split(text))
+        return [ids.get(part, ids.get(part.strip())) if n % 2 else part for n, part in parts if part]
+    return split
+
+
+def prefix_scheme(contents):
+    """When a tokenizer.json puts a space before a text: always, first (at a prompt's start) or never."""
+    text = json.dumps([contents.get("normalizer"), contents.get("pre_tokenizer")])
+    if '"prepend_scheme": "first"' in text:
+        return "first"
+    always = ('"prepend_scheme": "always"', '"Prepend"', '"add_prefix_space": true')
+    return "always" if any(sign in text for sign in always) else "never"
 
 
 class Tokenizer:
@@ -834,6 +859,7 @@ class Tokenizer:
     Raises UserError for missing or malformed files, or if the template's special tokens are missing.
     """
 
+    @no_panic
     def __init__(self, folder, config, template=None):
         self.folder, self.notice = Path(folder), None
         names = ("tokenizer.model", "tokenizer.json")
@@ -843,12 +869,22 @@ class Tokenizer:
         self.settings, self.generation, special_map, listed, contents = (
             read_json(self.folder / f"{name}.json") if (self.folder / f"{name}.json").exists() else {} for name in (
                 "tokenizer_config", "generation_config", "special_tokens_map", "added_tokens", "tokenizer"))
+        if "added_tokens_decoder" in self.settings:  # as in transformers: it replaces these files
+            special_map, listed = {}, {}
         read = self._read_sentencepiece if self.path.suffix == ".model" else self._read_tokenizer_json
         try:
-            self._collect_tokens(special_map, listed, contents)
-            self._source = self._chat_template()
-            with no_panic(self.path):
-                read(contents, config)
+            self.added = {token["content"]: token for token in contents.get("added_tokens") or []}
+            for i, token in (self.settings.get("added_tokens_decoder") or {}).items():
+                self.added[token["content"]] = dict(token, id=int(i))
+            for text, i in listed.items():
+                self.added.setdefault(text, {"id": i})
+            read(contents, {**self.settings, **special_map}, config)
+            source = self.settings.get("chat_template")
+            if isinstance(source, list):  # several, by name
+                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            if (self.folder / "chat_template.jinja").exists():
+                source = read_text(self.folder / "chat_template.jinja")
+            self._source = freeze(source) if source else None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.path}: this file or tokenizer_config.json is malformed ({error!r}); copy "
                             "both again") from None
@@ -857,41 +893,28 @@ class Tokenizer:
         if not isinstance(self.template, str) or self.template not in TEMPLATE_NAMES:
             raise UserError(f"{folder}: unknown template {self.template!r}; give one of "
                             f"{', '.join(TEMPLATE_NAMES)}")
-        with no_panic(self.path):
-            self._set_template(config)
+        self._set_template(config)
 
     # ---- the vocabulary
 
-    def _collect_tokens(self, special_map, listed, contents):
-        """Set added, {text: token} of tokens outside the vocabulary, and named, {"bos_token": text, ...}."""
-        # As in transformers: added_tokens.json is read only without added_tokens_decoder.
-        listed = {} if "added_tokens_decoder" in self.settings else listed
-        self.added = {text: {"id": i} for text, i in listed.items()}
-        for i, token in (self.settings.get("added_tokens_decoder") or {}).items():
-            self.added[token["content"]] = dict(token, id=int(i))
-        self.added.update((token["content"], token) for token in contents.get("added_tokens") or [])
-        self.named, extra = {}, []
-        for key, value in {**special_map, **self.settings}.items():
-            if key in ("additional_special_tokens", "extra_special_tokens"):
-                extra += value.values() if isinstance(value, dict) else value or []
-            elif key.endswith("_token") and not isinstance(value, bool):
-                self.named[key] = value["content"] if isinstance(value, dict) else value
-        self._extra = [t["content"] if isinstance(t, dict) else t for t in extra]
+    def _set_special(self, given, id_of):
+        """Mark the special tokens of tokenizer_config.json; set named, {"bos_token": text, ...}, bos and eos.
 
-    def _set_special(self, id_of, defaults):
-        """Set bos and eos, and mark special tokens. id_of(text): an id or None.
-
-        A named token missing from the vocabulary gets the next id after it, as in transformers.
+        id_of(text): an id or None. As in transformers, a token missing from the vocabulary gets the next id.
         """
-        self.named = {**defaults, **self.named}
         names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-        for text in filter(None, [*map(self.named.get, names), *self._extra]):
-            if text not in self.added and id_of(text) is None:
-                following = max([self.size, *(token["id"] + 1 for token in self.added.values())])
-                self.added[text] = {"id": following, "may_lack_embedding": True}
-            token = self.added.get(text) or {"id": id_of(text)}
-            self.added[text] = dict(token, special=True)
-        self.bos, self.eos = (self.added.get(self.named.get(key), {}).get("id")
+        tokens = {name: given[name] for name in names if given.get(name)}
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            extra = given.get(key) or []
+            tokens |= extra if isinstance(extra, dict) else {f"{key}_{n}": x for n, x in enumerate(extra)}
+        for name, token in tokens.items():
+            token = token if isinstance(token, dict) else {"content": token}
+            text = tokens[name] = token["content"]
+            following = max([self.size, *(known["id"] + 1 for known in self.added.values())])
+            known = {"id": following if id_of(text) is None else id_of(text), **self.added.get(text, {})}
+            self.added[text] = {**token, **known, "special": True}
+        self.named = tokens
+        self.bos, self.eos = (self.added[tokens[key]]["id"] if key in tokens else None
                               for key in ("bos_token", "eos_token"))
 
     def _set_eos(self, config):
@@ -904,111 +927,77 @@ class Tokenizer:
         self._listed = [i for i in listed if i is not None and 0 <= i < config.vocab_size]
         self.eos = self._listed[0] if self.eos is None and self._listed else self.eos
 
-    def _read_sentencepiece(self, contents, config):
+    def _read_sentencepiece(self, contents, given, config):
         import sentencepiece
         proto = self.path.read_bytes()
         try:
             sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
-            # Protobuf messages merge when concatenated: this sets normalizer_spec.add_dummy_prefix to false.
-            bare = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except (RuntimeError, OSError):
             raise UserError(f"{self.path}: not a SentencePiece model; copy it again, or remove it to use "
                             "tokenizer.json") from None
-        self._decode, self.size = sp.decode, sp.get_piece_size()
-        self._encode = lambda text, prefix: (sp if prefix else bare).encode(text)
-        for text, i in ((sp.id_to_piece(i), i) for i in range(self.size)):
-            if sp.is_control(i) or (TAG.fullmatch(text) and not sp.is_byte(i)):  # or user-defined
-                self.added.setdefault(text, {"id": i, "special": sp.is_control(i)})
+        self.size = size = sp.get_piece_size()
+        for i in range(size):
+            text, is_control = sp.id_to_piece(i), sp.is_control(i)
+            if is_control or (TAG.fullmatch(text) and not sp.is_byte(i)):  # or user-defined
+                self.added.setdefault(text, {"id": i, "special": is_control})
         self.added = {text: token for text, token in self.added.items()  # else another piece has the id
-                      if token["id"] >= self.size or token["id"] == sp.piece_to_id(text)}
-        special = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
-        self._set_special(lambda text: None if sp.is_unknown(i := sp.piece_to_id(text)) else i,
-                          {key: sp.id_to_piece(i) for key, i in special.items() if i >= 0})
-
+                      if token["id"] >= size or token["id"] == sp.piece_to_id(text)}
+        ids = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
+        self._set_special({**{key: sp.id_to_piece(i) for key, i in ids.items() if i >= 0}, **given},
+                          lambda text: None if sp.is_unknown(i := sp.piece_to_id(text)) else i)
         # Unless legacy, transformers puts SentencePiece's space only before a text at the very start.
         scheme = "always" if self.settings.get("legacy") in (None, True) else "first"
         if "model" in contents and self.settings.get("add_prefix_space") is None:  # as in transformers
-            scheme = self._prefix_scheme(contents)
+            scheme = prefix_scheme(contents)
         self.prefix = "never" if self.settings.get("add_prefix_space") is False else scheme
 
-    def _read_tokenizer_json(self, contents, config):
+        # What SentencePiece cannot decode: added words, and "" for special tokens, which are not shown.
+        mark = WORDS if self.prefix == "always" else ""  # the tokenizer puts a space after the word
+        texts = {token["id"]: "" if token.get("special") else text + mark for text, token in self.added.items()
+                 if token["id"] >= size or token.get("special")}
+
+        def decode(ids):
+            pieces = [texts.get(i) or sp.id_to_piece(i) for i in ids if texts.get(i, i < size)]
+            return sp.decode(pieces).replace(WORDS + " ", "").replace(WORDS, "")
+
+        self._cut, self._raw, self._decode, self._is_bare = splitter(self.added), sp.encode, decode, False
+
+    def _read_tokenizer_json(self, contents, given, config):
         try:
             import tokenizers
         except ImportError:
             raise UserError(f"{self.path}: needs the tokenizers package; pip install tokenizers") from None
         contents.update(truncation=None, padding=None)  # settings of some training run
         contents["model"]["dropout"] = None
-
-        def load(text):
-            try:
-                return tokenizers.Tokenizer.from_str(text)
-            except Exception as error:  # the package raises plain Exception
-                raise UserError(f"{self.path}: not a tokenizer ({error}); copy the file again") from None
-
-        tk = load(json.dumps(contents))
-        bos = None if self.settings or self.named or config.bos_token_id == -1 else config.bos_token_id
-        if bos is not None and bos not in range(tk.get_vocab_size()):
+        self.prefix = prefix_scheme(contents)
+        tk = tokenizers.Tokenizer.from_str(json.dumps(contents))
+        self.size = tk.get_vocab_size()
+        bos = None if given or config.bos_token_id == -1 else config.bos_token_id
+        if bos is not None and bos not in range(self.size):
             raise UserError(f"{self.folder}/config.json: bos_token_id is beyond the vocabulary; correct it")
-        self.size = tk.get_vocab_size(with_added_tokens=True)
-        self._set_special(tk.token_to_id, {} if bos is None else {"bos_token": tk.id_to_token(bos)})
-        known = {token["content"] for token in contents.get("added_tokens") or [] if token.get("special")}
+        self._set_special(given if bos is None else {"bos_token": tk.id_to_token(bos)}, tk.token_to_id)
         flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
-        for name, token in sorted(self.added.items(), key=lambda item: item[1]["id"]):
-            if name not in known:
-                tk.add_tokens([tokenizers.AddedToken(name, **{k: token[k] for k in flags if k in token})])
-            self.added[name] = dict(token, id=tk.token_to_id(name))
-        self.prefix = self._prefix_scheme(contents)
-        bare = tk if self.prefix == "never" else load(self._without_prefix(tk.to_str()))
-        self._decode = lambda ids: tk.decode(ids, skip_special_tokens=False)
+        ordered = sorted(self.added.items(), key=lambda item: item[1]["id"])
+        tk.add_tokens([tokenizers.AddedToken(text, **{key: token[key] for key in flags if key in token})
+                       for text, token in ordered])
+        self.added = {text: dict(token, id=tk.token_to_id(text)) for text, token in ordered}
+        ids = {token["id"] for token in self.added.values()}
 
-        def encode(text, prefix):
-            chosen = tk if prefix else bare
-            chosen.encode_special_tokens = True  # text does not become a special token
-            return chosen.encode(text, add_special_tokens=False).ids
-        self._encode = encode
+        def cut(text):
+            tk.encode_special_tokens, parts, end = False, [], 0
+            encoding = tk.encode(text, add_special_tokens=False)
+            for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+                if i in ids and not {WORDS, ANSWER} & {*text[start:stop]}:  # these can be the unknown token
+                    parts += [text[end:start], i]
+                    end = stop
+            return [part for part in [*parts, text[end:]] if part != ""]
 
-    def _cut(self, text):
-        """Split a text at added tokens: [text or id]."""
-        ids = {name: token["id"] for name, token in self.added.items() if name}
-        longest_first = sorted(ids, key=len, reverse=True)
-        patterns = [r"\s*" * bool(self.added[name].get("lstrip")) + re.escape(name)
-                    + r"\s*" * bool(self.added[name].get("rstrip")) for name in longest_first]
-        parts = enumerate(re.split(f"({'|'.join(patterns)})", text) if ids else [text])
-        return [ids.get(part, ids.get(part.strip())) if i % 2 else part for i, part in parts if part]
-
-    @staticmethod
-    def _without_prefix(contents):
-        """A tokenizer.json, changed to put no space before a text."""
-        def change(settings):
-            return {key: off.get(key, value) for key, value in settings.items()}
-
-        off = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-        contents = json.loads(contents)
-        for part in ("normalizer", "pre_tokenizer"):  # not the vocabulary: it may contain "prepend"
-            contents[part] = json.loads(json.dumps(contents[part]), object_hook=change)
-        return json.dumps(contents)
-
-    @staticmethod
-    def _prefix_scheme(contents):
-        """When a tokenizer.json puts a space before a text: always, first (at a prompt's start) or never."""
-        text = json.dumps([contents.get("normalizer"), contents.get("pre_tokenizer")])
-        if '"prepend_scheme": "first"' in text:
-            return "first"
-        always = ('"prepend_scheme": "always"', '"Prepend"', '"add_prefix_space": true')
-        return "always" if any(sign in text for sign in always) else "never"
+        def raw(text):
+            tk.encode_special_tokens = True  # text does not become a special token
+            return tk.encode(text, add_special_tokens=False).ids
+        self._cut, self._raw, self._decode, self._is_bare = cut, raw, tk.decode, self.prefix == "never"
 
     # ---- the chat template
-
-    def _chat_template(self):
-        """The chat template of chat_template.jinja, else of tokenizer_config.json, else None."""
-        if (self.folder / "chat_template.jinja").exists():
-            return read_text(self.folder / "chat_template.jinja")
-        template = self.settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if not isinstance(template, (str, type(None))):
-            raise TypeError(f"chat_template is {template!r}")
-        return template
 
     def _choose_template(self):
         """The name of the checkpoint's template: its own, or the paper's with the same special tokens."""
@@ -1025,22 +1014,18 @@ class Tokenizer:
         if self.template == "own":
             if not self._source:
                 raise UserError(f"{self.folder}: has no chat template of its own; give --template NAME")
-            return freeze(self._source)
+            return self._source
         template = TEMPLATES[self.template]
         for name in template.special:
             if name not in self.added:
                 raise UserError(f"{self.path}: lacks {name} of the template {self.template}; give another "
                                 "--template")
-        start, bos, (before, after) = template.system, self._text_of(self.bos), template.turn.split("{x}")
+        start, bos, (before, after) = template.system, self.named.get("bos_token"), template.turn.split("{x}")
         if bos and self.settings.get("add_bos_token") is not False and not (start + before).startswith(bos):
             start = bos + start  # SmolLM2's BOS is the <|im_start|> that the template begins with
-        end = template.end_of_turn or self._text_of(self.eos)
-        texts = {"START": start, "BEFORE": before, "AFTER": after, "END": end}
+        eos = next((text for text, token in self.added.items() if token["id"] == self.eos), "")
+        texts = {"START": start, "BEFORE": before, "AFTER": after, "END": template.end_of_turn or eos}
         return re.sub("|".join(texts), lambda match: json.dumps(texts[match[0]], ensure_ascii=False), JINJA)
-
-    def _text_of(self, i):
-        """The text of an added token's id; "" for other ids and None."""
-        return next((text for text, token in self.added.items() if token["id"] == i), "")
 
     def _set_template(self, config):
         """Render the template once, around placeholders, and cut it at special tokens."""
@@ -1049,8 +1034,7 @@ class Tokenizer:
         def render(words, answer=None):
             messages = [{"role": "user", "content": words}, {"role": "assistant", "content": answer}]
             return compiled.render(messages=messages[:1 if answer is None else 2], tools=None, documents=None,
-                                   add_generation_prompt=answer is None,
-                                   **{key: text for key, text in self.named.items() if text})
+                                   add_generation_prompt=answer is None, **self.named)
 
         try:
             compiled = compile_jinja(self.jinja)
@@ -1061,38 +1045,36 @@ class Tokenizer:
         if prompt.count(WORDS) != 1:
             raise UserError(f"{self.folder}: its chat template contains the prompt {prompt.count(WORDS)} "
                             "times; give --template NAME")
-        before, _, after = dialogue.rpartition(ANSWER)
+        before, _, after = dialogue.partition(ANSWER)
         # Thinking templates render an old answer without the block that the prompt ends with.
         between = before[len(prompt):] if before.startswith(prompt) else ""
         parts, answer_parts = self._cut(prompt), self._cut(between + ANSWER + after)
         used = {part for part in (*parts, *answer_parts) if isinstance(part, int)}
         self.control = {text: token["id"] for text, token in self.added.items()
                         if token.get("special") or token["id"] in used}
-        self._hidden = {token["id"] for token in self.added.values() if token.get("special")}
-        listed = [token["id"] for text, token in self.added.items() if token.get("special")
-                  and text != self.named.get("pad_token") and "may_lack_embedding" not in token]
-        needed = max([self.size, *(i + 1 for i in (*used, *listed))])
+        # Ids for a text that spells a control token: its first character and the rest, encoded separately.
+        self._spelled = {i: self._encode([text[:1]], False) + self._encode([text[1:]], False)
+                         for text, i in self.control.items() if self._encode([text], False) == [i]}
+        words = {text: token for text, token in self.added.items()
+                 if text not in self.control and token["id"] >= self.size}
+        self._words = splitter(words if self.path.suffix == ".model" else {})  # tokenizers cuts by itself
+
+        # The paper's code encodes an answer as a new text; otherwise it continues the prompt.
+        apart = self.template != "own" or (self.prefix == "always" and isinstance(parts[-1], int))
+        self._prompt = self._turn(parts, WORDS, self.prefix != "never", [
+            self._cut(render(words)) == parts for words in (" " + WORDS, WORDS + " ")])
+        answer = self._turn(answer_parts, ANSWER, apart, [
+            self._cut(render(WORDS, words)) == self._cut(dialogue) for words in (" " + ANSWER, ANSWER + " ")])
+        if not answer.after or answer.right.strip():  # no special token ends the answer
+            if self.eos is None:
+                raise UserError(f"{self.folder}: no file has an EOS token; add eos_token_id to config.json")
+            answer = answer._replace(right="", after=[self.eos])
+        self._answer, self.end_of_turn = answer._replace(after=answer.after[:1]), answer.after[0]
+        self.stop = {self.end_of_turn, *self._listed} | ({self.eos} - {None})
+        needed = 1 + max(self.size - 1, self.end_of_turn, *used, *(token["id"] for token in words.values()))
         if needed > config.vocab_size:
             raise UserError(f"{self.path}: has {needed} tokens, the model {config.vocab_size}; they do not "
                             "belong together")
-        # Ids for a text that spells a control token: its first character and the rest, encoded separately.
-        self._spelled = {i: self._encode(text[:1], False) + self._encode(text[1:], False)
-                         for text, i in self.control.items() if i in self._encode(text, False)}
-
-        strip = [render(" " + WORDS) == prompt, render(WORDS + " ") == prompt]
-        self._prompt = self._turn(parts, WORDS, strip, prefix=True)
-        # The paper's code encodes an answer as a new text; otherwise it continues the prompt.
-        apart = self.template != "own" or (self.prefix == "always" and isinstance(parts[-1], int))
-        strip = [render(WORDS, " " + ANSWER) == dialogue, render(WORDS, ANSWER + " ") == dialogue]
-        self._answer = self._turn(answer_parts, ANSWER, strip, prefix=apart)
-        # The end of turn: the first special token after the answer, else EOS.
-        has_end = self._answer.after and not self._answer.right.strip()
-        if not has_end and self.eos is None:
-            raise UserError(f"{self.folder}: no file has an EOS token; add eos_token_id to config.json")
-        self._answer = self._answer._replace(after=self._answer.after[:1] if has_end else [self.eos],
-                                             right=self._answer.right if has_end else "")
-        self.end_of_turn = self._answer.after[0]
-        self.stop = {self.end_of_turn, *self._listed} | ({self.eos} - {None})
 
         # The connection position, at the start of the assistant's turn.
         after, start = self._prompt.after, self.control.get("<|im_start|>")
@@ -1102,25 +1084,31 @@ class Tokenizer:
         elif after[-1:] == [self.control.get("[/INST]")] and (self._prompt.right or len(after) > 1):
             self.connection_index = -2
 
-    def _turn(self, parts, placeholder, strip, prefix):
+    def _turn(self, parts, placeholder, prefix, strip):
         """The Turn of parts (ids and texts). prefix: a text at the start gets the tokenizer's space."""
         at = next(n for n, part in enumerate(parts) if isinstance(part, str) and placeholder in part)
-        prefixes = [prefix, *[self.prefix == "always"] * len(parts)]
-        encoded = [[part] if isinstance(part, int) else self.encode(part, spaced)
-                   for part, spaced in zip(parts, prefixes, strict=False)]
-        before, after = sum(encoded[:at], []), sum(encoded[at + 1:], [])
         left, right = parts[at].split(placeholder)
-        flags = {token["id"]: token for token in self.added.values()}
-        strip[0] |= not left and before != [] and flags[before[-1]].get("rstrip", False)
-        strip[1] |= not right and after != [] and flags[after[0]].get("lstrip", False)
-        return Turn(before, left, right, after, strip, prefixes[at])
+        before, after = parts[:at], parts[at + 1:]
+        later = self.prefix == "always"
+        return Turn(self._encode(before, prefix), left, right, self._encode(after, later), strip,
+                    later if before else prefix)
 
     # ---- prompts and answers
 
+    def _encode(self, parts, prefix):
+        """Ids of texts and ids. prefix: the tokenizer may put a space before a text at the start."""
+        ids = []
+        for part in parts:
+            lead = "" if prefix or self._is_bare else WORDS  # a text after another gets no space
+            ids += [part] if isinstance(part, int) else self._raw(lead + part)[len(self._raw(lead)):]
+            prefix = self.prefix == "always"
+        return ids
+
+    @no_panic
     def encode(self, text, prefix=True):
         """Ids of a text, none of them a control token. prefix: the tokenizer may put a space before it."""
-        with no_panic(self.path):
-            return [j for i in self._encode(text, prefix) for j in self._spelled.get(i, [i])]
+        ids = self._encode(self._words(text), prefix)
+        return [j for i in ids for j in self._spelled.get(i, [i])]
 
     def _fill(self, turn, words):
         words = words.lstrip() if turn.strip[0] else words
@@ -1137,19 +1125,17 @@ class Tokenizer:
         """Ids of an answer, end of turn included."""
         return self._fill(self._answer, text)
 
+    @no_panic
     def decode(self, ids):
         """Text of an answer's ids; special tokens are left out."""
-        with no_panic(self.path):
-            text = self._decode([i for i in ids if i not in self._hidden and i < self.size])
-        return text.removeprefix(self._answer.left)
+        return self._decode(ids).removeprefix(self._answer.left)
 
     def save(self, folder):
         """Write the chat template and end of turn into a checkpoint folder.
 
         transformers and vLLM then build the same prompts and stop at the same token.
         """
-        names = {"bos_token": self.bos, "eos_token": self.eos}
-        settings = dict(self.settings) or {key: self._text_of(i) for key, i in names.items() if i is not None}
+        settings = dict(self.settings or self.named)
         if self.prefix != "never":  # transformers 4 and 5 have different defaults
             settings["legacy"] = self.prefix == "always"
         settings["chat_template"] = self.jinja

@@ -38,7 +38,10 @@ TEMPLATES = {  # name: Jinja, special tokens, connection token (or index), end o
                  "{% endif %}{{- m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
                  "{{- '<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
                  "{{- '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
-                 ("<|im_start|>", "<|im_end|>"), "assistant\n", "<|im_end|>")}
+                 ("<|im_start|>", "<|im_end|>"), "assistant\n", "<|im_end|>"),
+    "dated": ("{%- if not date_string is defined %}{%- set date_string = '2024-09-30' %}{%- endif %}{{ bos_token + '"
+              "<|im_start|>system\nToday: ' + date_string + '<|im_end|>\n' }}" + CHATML,
+              ("<|im_start|>", "<|im_end|>"), "assistant\n", "<|im_end|>")}
 ADDED = ("<think>", "</think>")  # added tokens that are not special
 
 
@@ -147,7 +150,7 @@ def test_text_never_becomes_a_token_of_the_template(tmp_path, kind):
     assert [i for i in t.prompt(nasty) if i in controls] == [i for i in t.prompt("hi") if i in controls]
     assert {*t.answer(nasty)} & controls == {t.end_of_turn} and nasty in t.decode(t.prompt(nasty))
     t = Tokenizer(folder := chat_checkpoint(tmp_path, "zephyr", kind), Config.read(folder))
-    assert kind == "sentencepiece" or t.encode("<think>") == [t.added["<think>"]["id"]]  # an ordinary word here
+    assert t.encode("<think>") == [t.added["<think>"]["id"]]  # an ordinary word here
 
 
 def test_user_defined_pieces(tmp_path):
@@ -182,6 +185,75 @@ def test_white_space_that_special_tokens_take(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     t = Tokenizer(folder, Config.read(folder))
     assert all(t.prompt(text) == theirs(folder, text) for text in TEXTS)
+
+
+def flagged(folder, file, **flags):
+    """Set flags of <|im_start|> and <|im_end|> in tokenizer.json or tokenizer_config.json."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    for token in raw["added_tokens"]:
+        token.update(flags if token["content"].startswith("<|im_") else {})
+    if file == "tokenizer.json":
+        (folder / file).write_text(json.dumps({**raw, "normalizer": {"type": "Lowercase"}}))
+    else:
+        settings = json.loads((folder / file).read_text())
+        settings["added_tokens_decoder"] = {token.pop("id"): token for token in raw["added_tokens"]}
+        (folder / file).write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("file, written, flags", [
+    ("tokenizer.json", "<|IM_START|>", {"normalized": True}),
+    ("tokenizer.json", "x<|im_start|>", {"single_word": True}),
+    ("tokenizer_config.json", "<|im_start|>", {"lstrip": True, "rstrip": True})], ids=str)
+def test_flags_of_special_tokens(tmp_path, file, written, flags):
+    """Catches special tokens of the template found where transformers does not, or not found: in a text that is
+    normalized, inside words; and the flags in tokenizer.json preferred to those in tokenizer_config.json."""
+    folder = chat_checkpoint(tmp_path, "chatml", "json", chat_template=CHATML.replace("<|im_start|>", written))
+    flagged(folder, file, **flags)
+    t = Tokenizer(folder, Config.read(folder))
+    assert all(t.prompt(text) == theirs(folder, text) for text in TEXTS[:3])
+
+
+@pytest.mark.parametrize("legacy", [None, False])
+@pytest.mark.parametrize("kind", ["sentencepiece", "json"])
+def test_added_words(tmp_path, kind, legacy):
+    """Catches words that were added to the vocabulary taken apart in a prompt, or left out of an answer."""
+    if legacy is False and kind == "sentencepiece":
+        pytest.importorskip("google.protobuf", reason="optional package: transformers needs it for this")
+    t = Tokenizer(folder := chat_checkpoint(tmp_path, "zephyr", kind, legacy=legacy), Config.read(folder))
+    for text in ("<think> Ẹ̀kọ́", "a <think> b</think>c", "<think></think><think>\n"):
+        assert t.prompt(text) == theirs(folder, text)
+        assert t.added["<think>"]["id"] in t.answer(text) and t.decode(t.answer(text)) == text
+
+
+def test_special_tokens_map(tmp_path):
+    """Catches special_tokens_map.json ignored where it differs from tokenizer_config.json, and its tokens' flags."""
+    folder = chat_checkpoint(tmp_path, "mistral", "sentencepiece")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["added_tokens_decoder"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "added_tokens.json").write_text('{"[INST]": 400, "[/INST]": 401}')
+    flags = {"lstrip": True, "rstrip": True, "normalized": False, "single_word": False}
+    (folder / "special_tokens_map.json").write_text(json.dumps(
+        {"bos_token": "</s>", "additional_special_tokens": [{"content": "[INST]", **flags}, "[/INST]"]}))
+    t = Tokenizer(folder, Config.read(folder))
+    assert t.prompt("hi")[:2] == [t.control["</s>"], 400]
+    assert all(t.prompt(text) == theirs(folder, text) for text in TEXTS)
+
+
+def test_template_without_answers(tmp_path):
+    """Catches the start of the user's turn taken for the end of an answer that the template leaves out."""
+    jinja = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] == 'user' %}")
+    folder = chat_checkpoint(tmp_path, "chatml", "sentencepiece", chat_template=jinja)
+    t = Tokenizer(folder, Config.read(folder))
+    assert t.end_of_turn == t.control["</s>"] and t.answer("a b") == [*t.encode("a b", False), t.end_of_turn]
+
+
+def test_no_space_before_a_text(tmp_path):
+    """Catches SentencePiece's space at a prompt's start where `add_prefix_space` is off."""
+    folder = chat_checkpoint(tmp_path, "chatml", "sentencepiece", add_prefix_space=False, chat_template="{{ messages[0]"
+                             "['content'] }}")
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert sp.id_to_piece(Tokenizer(folder, Config.read(folder)).prompt("Nini?")[0])[0] == "N"
 
 
 def test_settings_left_in_tokenizer_json(tmp_path):

@@ -212,7 +212,7 @@ def test_added_token_that_is_not_special(tmp_path):
 
 def test_tokens_added_to_a_sentencepiece_vocabulary(tmp_path):
     """Catches special tokens of tokenizer_config.json not found beside the vocabulary, ordinary ones
-    taken for control tokens, and a crash when an answer has any of them."""
+    taken for control tokens, and a crash when an answer has any of them, or a word left out."""
     folder = write_checkpoint(tmp_path / "model")
     size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
     added = [("<|im_start|>", True), ("<|im_end|>", True), ("word", False)]
@@ -223,4 +223,4 @@ def test_tokens_added_to_a_sentencepiece_vocabulary(tmp_path):
     assert t.template == "chatml" and t.end_of_turn == size + 1
     assert t.control["<|im_start|>"] == size and "word" not in t.control and "x" not in t.control
     assert spelt(t, t.prompt(NASTY)) == EXPECTED["chatml"].replace("{x}", NASTY)
-    assert t.decode([size, size + 1, size + 2, *t.encode("jibu")]) == "jibu"
+    assert t.decode([size, size + 1, size + 2, *t.encode("jibu")]) == "wordjibu"
