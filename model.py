@@ -862,13 +862,15 @@ class Tokenizer:
     @no_panic
     def __init__(self, folder, config, template=None):
         self.folder, self.notice = Path(folder), None
-        names = ("tokenizer.model", "tokenizer.json")
-        self.path = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
+        paths = (self.folder / name for name in ("tokenizer.model", "tokenizer.json"))
+        self.path = next((path for path in paths if path.is_file()), None)
         if self.path is None:
-            raise UserError(f"{folder}: no {' or '.join(names)}; copy the base model's tokenizer there")
+            raise UserError(f"{folder}: no tokenizer.model or tokenizer.json; copy the base model's "
+                            "tokenizer there")
+        files = (self.folder / f"{name}.json" for name in (
+            "tokenizer_config", "generation_config", "special_tokens_map", "added_tokens", "tokenizer"))
         self.settings, self.generation, special_map, listed, contents = (
-            read_json(self.folder / f"{name}.json") if (self.folder / f"{name}.json").exists() else {} for name in (
-                "tokenizer_config", "generation_config", "special_tokens_map", "added_tokens", "tokenizer"))
+            read_json(path) if path.exists() else {} for path in files)
         if "added_tokens_decoder" in self.settings:  # as in transformers: it replaces these files
             special_map, listed = {}, {}
         read = self._read_sentencepiece if self.path.suffix == ".model" else self._read_tokenizer_json
@@ -960,7 +962,7 @@ class Tokenizer:
             pieces = [texts.get(i) or sp.id_to_piece(i) for i in ids if texts.get(i, i < size)]
             return sp.decode(pieces).replace(WORDS + " ", "").replace(WORDS, "")
 
-        self._cut, self._raw, self._decode, self._is_bare = splitter(self.added), sp.encode, decode, False
+        self._cut, self._raw, self._decode, self._lead = splitter(self.added), sp.encode, decode, WORDS
 
     def _read_tokenizer_json(self, contents, given, config):
         try:
@@ -995,7 +997,8 @@ class Tokenizer:
         def raw(text):
             tk.encode_special_tokens = True  # text does not become a special token
             return tk.encode(text, add_special_tokens=False).ids
-        self._cut, self._raw, self._decode, self._is_bare = cut, raw, tk.decode, self.prefix == "never"
+        self._cut, self._raw, self._decode = cut, raw, tk.decode
+        self._lead = "" if self.prefix == "never" else WORDS
 
     # ---- the chat template
 
@@ -1088,10 +1091,9 @@ class Tokenizer:
         """The Turn of parts (ids and texts). prefix: a text at the start gets the tokenizer's space."""
         at = next(n for n, part in enumerate(parts) if isinstance(part, str) and placeholder in part)
         left, right = parts[at].split(placeholder)
-        before, after = parts[:at], parts[at + 1:]
         later = self.prefix == "always"
-        return Turn(self._encode(before, prefix), left, right, self._encode(after, later), strip,
-                    later if before else prefix)
+        before, after = self._encode(parts[:at], prefix), self._encode(parts[at + 1:], later)
+        return Turn(before, left, right, after, strip, later if before else prefix)
 
     # ---- prompts and answers
 
@@ -1099,7 +1101,7 @@ class Tokenizer:
         """Ids of texts and ids. prefix: the tokenizer may put a space before a text at the start."""
         ids = []
         for part in parts:
-            lead = "" if prefix or self._is_bare else WORDS  # a text after another gets no space
+            lead = "" if prefix else self._lead
             ids += [part] if isinstance(part, int) else self._raw(lead + part)[len(self._raw(lead)):]
             prefix = self.prefix == "always"
         return ids
@@ -1131,10 +1133,7 @@ class Tokenizer:
         return self._decode(ids).removeprefix(self._answer.left)
 
     def save(self, folder):
-        """Write the chat template and end of turn into a checkpoint folder.
-
-        transformers and vLLM then build the same prompts and stop at the same token.
-        """
+        """Write the chat template and end of turn into a folder, for transformers and vLLM."""
         settings = dict(self.settings or self.named)
         if self.prefix != "never":  # transformers 4 and 5 have different defaults
             settings["legacy"] = self.prefix == "always"

@@ -240,6 +240,16 @@ def test_special_tokens_map(tmp_path):
     assert all(t.prompt(text) == theirs(folder, text) for text in TEXTS)
 
 
+def test_placeholder_that_is_an_unknown_token(tmp_path):
+    """Catches the place of the user's words lost where the tokenizer knows few characters."""
+    folder = chat_checkpoint(tmp_path, "chatml", "json")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"] = {"type": "WordLevel", "vocab": raw["model"]["vocab"], "unk_token": "<pad>"}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    t = Tokenizer(folder, Config.read(folder))
+    assert all(t.prompt(text) == theirs(folder, text) for text in TEXTS[:3])
+
+
 def test_template_without_answers(tmp_path):
     """Catches the start of the user's turn taken for the end of an answer that the template leaves out."""
     jinja = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] == 'user' %}")
