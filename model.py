@@ -1074,7 +1074,9 @@ class Tokenizer:
             answer = answer._replace(right="", after=[self.eos])
         self._answer, self.end_of_turn = answer._replace(after=answer.after[:1]), answer.after[0]
         self.stop = {self.end_of_turn, *self._listed} | ({self.eos} - {None})
-        needed = 1 + max(self.size - 1, self.end_of_turn, *used, *(token["id"] for token in words.values()))
+        # Named tokens, such as pad_token, need no embedding unless they are used.
+        listed = [token["id"] for text, token in self.added.items() if text not in self.named.values()]
+        needed = 1 + max(self.size - 1, self.end_of_turn, *used, *listed)
         if needed > config.vocab_size:
             raise UserError(f"{self.path}: has {needed} tokens, the model {config.vocab_size}; they do not "
                             "belong together")
