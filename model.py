@@ -101,10 +101,10 @@ class Config:
         """
         path = Path(folder) / "config.json"
         if not path.exists():
-            problem = "--model takes a Hugging Face checkpoint folder"
+            advice = "--model takes a Hugging Face checkpoint folder"
             if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not Path(folder).exists():
-                problem = f"download it from the hub: hf download {folder} --local-dir {folder}"
-            raise UserError(f"{path}: not found; {problem}")
+                advice += f" (a model of the hub: hf download {folder} --local-dir {folder})"
+            raise UserError(f"{path}: not found; {advice}")
         raw = read_json(path)
         family = raw.get("model_type")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, 4

@@ -139,6 +139,7 @@ def parse_args(argv=None):
 #     train_step       CCTuning.forward, the mean loss over the step's answer tokens, AdamW
 #     fit_matrix       in the end, W (d, d) from H (L, B, d) of prompts and of their English versions
 
+
 @dataclass
 class Sample:
     ids: list           # x: prompt and answer, end of turn included
@@ -165,7 +166,8 @@ def read_samples(path, tokenizer, max_length, print0, method="cc"):
         raise UserError(f"{path}: all {len(records)} prompts are too long for --max_length {max_length}; "
                         "raise it")
     if dropped := len(records) - len(samples):
-        print0(f"{path}: {dropped} of {len(records)} samples dropped, no answer fits in {max_length} tokens")
+        print0(f"{path}: {dropped} of {len(records)} samples dropped: their prompts are too long for "
+               f"--max_length {max_length}")
     if cut := sum(s.ids[-1] != tokenizer.end_of_turn for s in samples):
         print0(f"{path}: {cut} answers cut at {max_length} tokens")
     return samples
