@@ -886,6 +886,8 @@ class Tokenizer:
                 source = {entry["name"]: entry["template"] for entry in source}.get("default")
             if (self.folder / "chat_template.jinja").exists():
                 source = read_text(self.folder / "chat_template.jinja")
+            if not isinstance(source, (str, type(None))):
+                raise TypeError(f"chat_template is {source!r}")
             self._source = freeze(source) if source else None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.path}: this file or tokenizer_config.json is malformed ({error!r}); copy "
@@ -955,8 +957,8 @@ class Tokenizer:
 
         # What SentencePiece cannot decode: added words, and "" for special tokens, which are not shown.
         mark = WORDS if self.prefix == "always" else ""  # the tokenizer puts a space after the word
-        texts = {token["id"]: "" if token.get("special") else text + mark for text, token in self.added.items()
-                 if token["id"] >= size or token.get("special")}
+        texts = {token["id"]: "" if token.get("special") else text + mark
+                 for text, token in self.added.items() if token["id"] >= size or token.get("special")}
 
         def decode(ids):
             pieces = [texts.get(i) or sp.id_to_piece(i) for i in ids if texts.get(i, i < size)]
@@ -1103,7 +1105,7 @@ class Tokenizer:
         """Ids of texts and ids. prefix: the tokenizer may put a space before a text at the start."""
         ids = []
         for part in parts:
-            lead = "" if prefix else self._lead
+            lead = "" if prefix else self._lead  # takes the tokenizer's space, and is cut off
             ids += [part] if isinstance(part, int) else self._raw(lead + part)[len(self._raw(lead)):]
             prefix = self.prefix == "always"
         return ids
