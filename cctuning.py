@@ -254,7 +254,9 @@ def load_cctuning(cc, folder, dtype=None, device="cpu"):
     shapes["transform_matrix"] = [width, width]
     if source.exists():
         with open_safetensors(source) as file:
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+        if isinstance(cc.decision_maker, FixedChoice):
+            tensors.pop("decision_maker.weight", None)
         if (required := next(iter(shapes))) not in tensors:
             raise UserError(f"{source}: lacks {required}; copy the file again, or train again")
     elif loaded.decision_maker is not None and "decision_maker.weight" in shapes:

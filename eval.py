@@ -11,8 +11,8 @@ TASK/ans/LANG.json with the gold answers (or split_sample and ans_sample), a JSO
 version of a prompt is the same line of split_en/LANG.json (split_sample_en), or else of the task's en.json.
 
     task                    main metric, 0 to 100               also reported
-    XNLI XStoryCloze MMMLU  accuracy of the option named        likelihood: the option whose texts ("B",
-                            by the answer                       "(B) text", "text") are the likeliest answers
+    XNLI XStoryCloze MMMLU  accuracy of the option named        likelihood: the option with the highest
+                            by the answer                       probability over "B", "(B) text" and "text"
     XQuAD MKQA              contained: a gold answer stands     exact match, token F1
                             in the answer
     XLSum                   ROUGE-L
@@ -35,6 +35,7 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -45,8 +46,8 @@ from tqdm import tqdm
 
 from infer import WHICH_MODEL, Engine, add_engine_options, default_model, write_json_lines
 from model import (CCTUNING_FILE, DATA, TOKENIZER_FILES, Config, Help, Tokenizer, UserError, at_least,
-                   check_writable, read_json, read_json_lines, read_records, read_text, relative, run_script,
-                   weight_files, write_text)
+                   check_writable, file_path, read_json, read_json_lines, read_records, read_text, relative,
+                   run_script, weight_files, write_text)
 from train import Dist, digest
 
 OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # other tasks are answered freely
@@ -55,11 +56,12 @@ METRICS = defaultdict(lambda: ("exact", "contained", "f1"), {  # of each task, i
     **dict.fromkeys(("XQuAD", "MKQA"), ("contained", "exact", "f1"))})
 MAX_NEW_TOKENS = defaultdict(lambda: 32, XLSum=128, **dict.fromkeys(OPTIONS, 24))  # 32 cut most summaries
 LIKELIHOOD = ", likelihood"  # added to a task's name in the rows of this metric
-FLAGS = {  # of an answer: what is said of the number of answers that have it
+FLAGS = {  # of an answer: text that follows the number of answers with it
     "unparsed": "answers named no option, or several, and count as wrong",
     "truncated": "answers were cut at --max_new_tokens",
     "shortened": "prompts were shortened to fit",
-    "unreachable": "golds are dates, yes or no; data/languages.json lacks the words"}
+    "unreachable": "golds are dates, yes or no, without words for them in data/languages.json"}
+ANSWER_KEYS = {"digest", "answer", "likelihood", "layer", "layers", "truncated", "shortened"}  # in OUT/answers
 RESAMPLES, PERMUTATIONS = 1000, 10000
 HERE = Path(__file__).resolve().parent
 LANGUAGE_TABLES = read_json(HERE / "data" / "languages.json")
@@ -68,14 +70,17 @@ LANGUAGE_TABLES = read_json(HERE / "data" / "languages.json")
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("--model", nargs="+", metavar="DIR", help=f"checkpoint folders to compare (default: {WHICH_MODEL})")
-    add("--data", default=relative(DATA / "test"), metavar="DIR",
+    add("--model", type=file_path, nargs="+", metavar="DIR",
+        help=f"checkpoint folders to compare (default: {WHICH_MODEL})")
+    add("--data", type=file_path, default=relative(DATA / "test"), metavar="DIR",
         help="benchmarks (default: the embedded data/test)")
     add("--tasks", metavar="TASK,...", help="folders of --data (default: all)")
     add("--langs", metavar="CODE,...", help="languages (default: all that a task has)")
     add("--limit", type=at_least(1), metavar="N", help="only the first N items of each language")
-    add("--out", default="out/eval", metavar="DIR", help="folder for results.json, results.md and answers")
-    add("--plot", metavar="DIR", help="folder for scores.png, layers.png and loss.png (needs matplotlib)")
+    add("--out", type=file_path, default="out/eval", metavar="DIR",
+        help="folder for results.json, results.md and answers")
+    add("--plot", type=file_path, metavar="DIR",
+        help="folder for scores.png, layers.png and loss.png (needs matplotlib)")
     add("--again", action="store_true", help="generate all answers again, also those in --out")
     add("--rescore", action="store_true", help="score the answers in --out; no model is loaded")
     add_engine_options(parser, connections="+")
@@ -164,11 +169,11 @@ def encode(engine, task, items, max_new_tokens):
         if room < len(tokenizer.prompt("")) + 16:
             raise UserError(f"--max_new_tokens: answers of {longest} tokens leave no room for a prompt in "
                             f"the model's {engine.config.max_length}; lower it, or leave out {task}")
-        fitting.append(item._replace(prompt=shorten(item.prompt, tokenizer, room)))
-        if engine.connection == "english" and item.english:
-            fitting[-1] = fitting[-1]._replace(english=shorten(item.english, tokenizer, room))
-        prompts.append(engine.encode(fitting[-1], number))
-        prompts[-1].forms = forms
+        item = item._replace(prompt=shorten(item.prompt, tokenizer, room))
+        if engine.connection == "english":
+            item = item._replace(english=shorten(item.english, tokenizer, room))
+        fitting.append(item)
+        prompts.append(replace(engine.encode(item, number), forms=forms))
     return prompts, fitting
 
 
@@ -207,7 +212,7 @@ def give_answers(engine, path, task, items, args, dist):
 def read_answers(path, count, wanted=None):
     """The `count` rows of a file of answers, of the digest `wanted` if given; None if it holds others."""
     rows = [row for _, row in read_json_lines(path)] if path.exists() else []
-    valid = len(rows) == count and all(isinstance(row, dict) and "digest" in row for row in rows)
+    valid = len(rows) == count and all(isinstance(row, dict) and row.keys() >= ANSWER_KEYS for row in rows)
     return rows if valid and all(wanted in (None, row["digest"]) for row in rows) else None
 
 
@@ -306,8 +311,8 @@ def unreachable(golds, lang):
 def is_contained(answer, gold, lang):
     """Do the gold's words stand in the answer, side by side?
 
-    The first may have an attached particle before it (ar), the last one after it (ko, tr, ru); not at digits
-    or words of one or two letters (ko, tr: of one). Apostrophes separate words.
+    The first word may have a prefix particle (ar; words of three letters or more), the last one a suffix
+    particle (ko, tr, ru; two letters or more); digits have none. Apostrophes separate words.
     """
     before, after = (LANGUAGE_TABLES["particles"][side].get(lang, "") for side in ("before", "after"))
     found, words = (answer_tokens(re.sub("['’ʼ`]", " ", text), lang) for text in (answer, gold))
@@ -317,7 +322,7 @@ def is_contained(answer, gold, lang):
 
 
 def token_f1(answer, gold, lang):
-    """The F1 of SQuAD and MLQA, but that MKQA's whole numbers, 3.0, may be written 3, and are not 30."""
+    """The F1 of SQuAD and MLQA, but without the ".0" of whole numbers: MKQA writes 3 as 3.0."""
     whole = (re.sub(r"(?<![\d.,])(\d+)\.0(?![.,]?\d)", r"\1", text) for text in (answer, gold))
     found, wanted = (answer_tokens(text, lang) for text in whole)
     common = sum((Counter(found) & Counter(wanted)).values())
@@ -448,7 +453,7 @@ def confirmed(mark, marks, answer, texts):
 
 
 def find_text(answer, texts):
-    """The only option whose text stands in an answer; its last word may have three more letters.
+    """The only option whose text stands in an answer; its last word may have a suffix of three letters.
 
     Texts of fewer than four letters or digits, all Latin, only count at the answer's end.
     """
@@ -508,7 +513,7 @@ def choice(answer, options, texts):
 
 
 def score_row(task, lang, item, row):
-    """A row of OUT/answers with what it names, the gold answers, its scores, 0 to 1, and the FLAGS."""
+    """A row of OUT/answers with its chosen option, gold answers, scores (0 to 1) and FLAGS."""
     text, golds, likelihood = row["answer"], item.answer, row["likelihood"]
     named, best = None, []
     if task in OPTIONS:
@@ -664,7 +669,7 @@ def commit():
 
 
 class Results:
-    """A cell per column (a model with one connection), task and language, and what is made of them."""
+    """A cell per column (a model with one connection), task and language, and the tables made from them."""
 
     def __init__(self, args):
         self.cells, self.scores = [], {}  # scores: {task: {language: {column: BootstrapScore}}}
@@ -719,11 +724,11 @@ class Results:
                     yield f"{column}: {count} {meaning}"
         for task in dict.fromkeys(cell["task"] for cell in self.cells):
             if len({cell["items"] for cell in self.cells if cell["task"] == task}) > 1:
-                yield (f"{task}: languages differ in their number of items; the intervals of its means take "
-                       "items of the same number for translations of one another")
-        yield "intervals and p-values are over items: another seed of the training is not in them"
+                yield (f"{task}: languages differ in their number of items; the intervals of its means assume "
+                       "that item n is the same in every language")
+        yield "intervals and p-values are over items: they do not include the variation over training seeds"
         if any(cell["task"] in OPTIONS for cell in self.cells):
-            yield "untuned models prefer some options whatever is asked: see the shares of picked options"
+            yield "untuned models favour some options whatever is asked: see the rows 'picked'"
 
 
 # -------------------------------------------------------------------------------------------------- main
@@ -732,15 +737,19 @@ def evaluate(engine, column, folder, todo, args, dist, results, **about):
     """Answer (without an engine: read the answers to) and score all tasks for a column of the results."""
     for task, lang, items in todo:
         start, path = time.time(), folder / task / f"{lang}.jsonl"
+        prompts = [{"item": n, "instruction": item.prompt} for n, item in enumerate(items)]
+        prompts_path = Path(args.out, "prompts", task, f"{lang}.jsonl")
         if engine:
             rows = give_answers(engine, path, task, items, args, dist)
-        elif (rows := read_answers(path, len(items))) is None:
-            raise UserError(f"{path}: has not {len(items)} answers, one per item; answer without --rescore")
+        else:
+            rows = read_answers(path, len(items))
+            if rows is None or [value for _, value in read_json_lines(prompts_path)] != prompts:
+                raise UserError(f"{path}: does not hold answers to these {len(items)} prompts; answer "
+                                "without --rescore")
         rows = [score_row(task, lang, item, row) for item, row in zip(items, rows, strict=True)]
         results.add(column, task, lang, rows, round(time.time() - start, 1), **about)
         dist.on_rank0(write_json_lines, path, rows)
-        prompts = [{"item": n, "instruction": item.prompt} for n, item in enumerate(items)]
-        dist.on_rank0(write_json_lines, Path(args.out) / "prompts" / task / f"{lang}.jsonl", prompts)
+        dist.on_rank0(write_json_lines, prompts_path, prompts)
         dist.on_rank0(results.write, Path(args.out))
         if not sys.stderr.isatty():
             metric, score = next(iter(results.cells[-1]["scores"].items()))
@@ -754,7 +763,8 @@ def open_columns(model, folder, args, results, dist):
     folder: its answers, without the connection.  --rescore: connections with answers; engine None.
     """
     if args.rescore:
-        return (yield from ((c, None) for c in args.connection if Path(f"{folder}_{c}").is_dir()))
+        yield from ((c, None) for c in args.connection if Path(f"{folder}_{c}").is_dir())
+        return
     engine = dist.together(Engine, model, "none", args.template, args.dtype)
     results.about["models"][model] = {"template": engine.tokenizer.template, "dtype": str(engine.dtype),
                                       "device": engine.device.type}
@@ -773,22 +783,30 @@ def main():
     out, results = Path(args.out), Results(args)
     check_writable(out)
     args.model = args.model or [default_model()]
+    args.connection = args.connection and list(dict.fromkeys(args.connection))
     if len({Path(model).resolve() for model in args.model}) < len(args.model):
         raise UserError("--model: a folder is named twice; name each once")
     todo = [(task, lang, read_task(args.data, task, lang, args.limit))
             for task, lang in find_tasks(args.data, args.tasks, args.langs)]
     if args.rescore:
         args.connection = args.connection or ["matrix", "english", "none"]
-    else:
-        for model in args.model:  # check all models before the first one's long work
+    else:  # check all before the first long work
+        for model in args.model:
             Tokenizer(model, Config.read(model), args.template)
             weight_files(model)
+        for task, lang, items in todo if "english" in (args.connection or ()) else ():
+            for item in items:
+                if not item.english:
+                    raise UserError(f"{item.where}: --connection english needs the prompt's English version; "
+                                    f"add it, or leave out {task} in {lang}")
     if args.plot:
         check_writable(args.plot)
         load_plot()
     with Dist.start("gloo") as dist:  # gloo: only answers are exchanged, each process has the whole model
         for model in args.model:
-            folder = out / "answers" / quote(relative(model), safe="")
+            name = relative(model)
+            name = str(Path(model).resolve()) if name.startswith("..") else name  # no hidden folder
+            folder = out / "answers" / quote(name, safe="")
             for connection, engine in open_columns(model, folder, args, results, dist):
                 names = [name for name, given in ((model, args.model), (connection, args.connection or ()))
                          if len(given) > 1]  # what several columns differ in

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from cctuning import CCTuning, load_cctuning
 from model import (DATA, TEMPLATE_NAMES, Config, Help, KVCache, Record, Tokenizer, UserError, at_least,
-                   check_writable, choose_device, error_line, holds_model, pad, printable, process_ranks,
+                   check_writable, choose_device, error_line, file_path, holds_model, pad, printable, process_ranks,
                    read_json_lines, read_records, relative, run_script, write_text)
 
 WHICH_MODEL = "out if it holds one, else the embedded data/tuned"  # default_model, in words
@@ -40,13 +40,14 @@ def parse_args(argv=None):
     docstring = __doc__.partition("\n\nIn the symbols")[0]
     parser = argparse.ArgumentParser(description=docstring, formatter_class=Help)
     add = parser.add_argument
-    add("--model", metavar="DIR", help=f"checkpoint folder (default: {WHICH_MODEL})")
+    add("--model", type=file_path, metavar="DIR", help=f"checkpoint folder (default: {WHICH_MODEL})")
     add("--lang", metavar="CODE", help="language of the embedded questions; no effect on prompts of your own")
     add("--prompt", metavar="TEXT", help="a prompt, or - for a prompt per line of standard input")
-    add("--input", metavar="FILE", help="prompts as JSON lines or a JSON list: \"instruction\", optional "
-        "\"instruction_en\", \"lang\" and \"input\"")
+    add("--input", type=file_path, metavar="FILE", help="prompts as JSON lines or a JSON list, - for standard "
+        "input: \"instruction\", optional \"instruction_en\", \"lang\" and \"input\"")
     add("--prompt_en", metavar="TEXT", help="English version of --prompt, for --connection english")
-    add("--output", metavar="FILE", help="--input's lines with \"answer\" added (default: standard output)")
+    add("--output", type=file_path, metavar="FILE",
+        help="--input's lines with \"answer\" added (default: standard output)")
     add("--explain", action="store_true", help="show the chosen layer and the Decision Maker's probabilities")
     add_engine_options(parser, max_new_tokens=256)
     add("--temperature", type=at_least(0, float), default=0.0, metavar="X", help="0: greedy; above: sampling")
@@ -218,8 +219,8 @@ class Engine:
         """{option: log-probability of answering with any of its forms} for each Prompt.
 
         logits (B, V): the prefill's, which predict a form's first token. Its other tokens run against the
-        prefill's cache, at the positions after the prompt, a form of each prompt at a time. No later token
-        reads what they leave there: the next form, or the answer, writes each position before it is read.
+        prefill's cache, at the positions after the prompt, a form of each prompt at a time. The next form, or
+        the answer, overwrites their cache entries before it reads them.
         """
         length, scores = cache.length, [{} for _ in prompts]
         starts = torch.tensor([len(p.ids) for p in prompts], device=self.device)
@@ -399,6 +400,8 @@ def write_answers(args, records, answers, texts):
 
 def main():
     args = parse_args()
+    args.input = "/dev/stdin" if args.input == "-" else args.input
+    args.output = None if args.output == "-" else args.output  # standard output
     check_args(args)
     args.model = args.model or default_model()
     is_terminal = args.prompt == "-" and sys.stdin.buffer.isatty()

@@ -51,7 +51,7 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------------ configuration
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # the values of model_type that are implemented
-OTHERS = {  # part of another model_type: what it would need
+OTHERS = {  # part of an unsupported model_type: what is missing
     "gemma": "scaled embeddings and other norms", "phi3": "fused projections", "cohere": "parallel blocks",
     "olmo": "norms after the blocks", "granite": "multipliers", "mixtral": "experts", "moe": "experts",
     "gpt_oss": "experts", "llama4": "experts", "deepseek": "experts", "vl": "images", "mistral3": "images"}
@@ -62,7 +62,7 @@ ROPE_SCALING = {  # rope type: its numbers in config.json
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 LARGEST = {"vocab_size": 2 ** 24, "hidden_size": 2 ** 20, "intermediate_size": 2 ** 20,
-           "num_hidden_layers": 1000, "num_attention_heads": 2 ** 14}  # a larger number is damage
+           "num_hidden_layers": 1000, "num_attention_heads": 2 ** 14}  # larger: the file is damaged
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ class Config:
             length = min(length, number("sliding_window", length))
 
         info = raw.get("cctuning", {})
-        require(isinstance(info, dict) and isinstance(info.get("matrix", {}), dict), "cctuning is malformed")
+        require(isinstance(info, dict) and all(isinstance(info.get(key, {}), dict)
+                                               for key in ("matrix", "arguments")), "cctuning is malformed")
         languages, fusion = info.get("languages", []), info.get("fusion_layer", 0)
         source = info.get("source_layer", "decision_maker")
         require(isinstance(languages, list) and all(isinstance(lang, str) for lang in languages),
@@ -322,8 +323,8 @@ class Attention(nn.Module):
     def forward(self, x, rotary, k, v, mask):
         """The queries of x (B, T, d) attend to k, v (B, kv, K, D): (B, T, d).
 
-        mask (B, 1, group * T or 1, K), for the query heads of one key head: True for visible keys, or numbers
-            added to the scores. None: causal, K = T.
+        mask (B, 1, group * T or 1, K), the same for all key heads: boolean (True: visible) or added to the
+            scores; group: query heads per key head. None: causal, K = T.
         """
         q = rotate(self.q_norm(self.split_heads(self.q_proj(x))), rotary).transpose(1, 2)  # (B, heads, T, D)
         if mask is None:
@@ -341,8 +342,8 @@ class Attention(nn.Module):
 def attention_mask(config, positions, length, dtype):
     """For queries at positions (B, T): 0 for visible keys, -inf for later ones (B, 1, group * T, K = length).
 
-    Made once for all layers in the form of the GPU kernels: numbers, row stride a multiple of 8. They would
-    convert and copy any other mask, in every layer.
+    Made once for all layers: numbers, with a row stride that is a multiple of 8, as the GPU kernels need it.
+    They would convert and copy any other mask in every layer.
     """
     group = config.num_attention_heads // config.num_key_value_heads
     keys = torch.arange(-(-length // 8) * 8, device=positions.device)
@@ -635,7 +636,7 @@ def holds_model(folder):
 
 
 def is_ours(out):
-    """True if config.json (or RUN_FILE, before there is a result) has train.py's entry "cctuning".
+    """True if config.json, or RUN_FILE before a result exists, has train.py's entry "cctuning".
 
     Raises UserError if a run would replace or remove a file not written by train.py.
     """
@@ -644,8 +645,8 @@ def is_ours(out):
     ours = marker is not None and "cctuning" in read_json(marker)
     files = ("config.json", RUN_FILE, "train_log.jsonl", INDEX_FILE, CCTUNING_FILE, *TOKENIZER_FILES)
     for path in [*(out / name for name in (*files, *folders)), *out.glob(SHARDS)]:
-        fits = path.is_dir() and not path.is_symlink() if path.name in folders else path.is_file()
-        if (path.is_symlink() or path.exists()) and not (ours and fits):
+        expected = path.is_dir() and not path.is_symlink() if path.name in folders else path.is_file()
+        if (path.is_symlink() or path.exists()) and not (ours and expected):
             raise UserError(f"{path}: was not written by train.py and would be replaced; give another --out")
     if (out / "model.safetensors").exists():
         raise UserError(f"{out}/model.safetensors: would be loaded instead of the result; give another --out")
@@ -792,7 +793,7 @@ def compile_jinja(source):
 
 
 class Turn(NamedTuple):
-    """A rendered turn, cut at special tokens: before, the text left + prompt or answer + right, after."""
+    """A rendered turn, cut at special tokens: ids before; the text left + content + right; ids after."""
     before: list   # ids
     left: str
     right: str
@@ -944,7 +945,7 @@ class Tokenizer:
             text, is_control = sp.id_to_piece(i), sp.is_control(i)
             if is_control or (TAG.fullmatch(text) and not sp.is_byte(i)):  # or user-defined
                 self.added.setdefault(text, {"id": i, "special": is_control})
-        self.added = {text: token for text, token in self.added.items()  # else another piece has the id
+        self.added = {text: token for text, token in self.added.items()  # not where a piece has its id
                       if token["id"] >= size or token["id"] == sp.piece_to_id(text)}
         ids = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
         self._set_special({**{key: sp.id_to_piece(i) for key, i in ids.items() if i >= 0}, **given},
@@ -955,7 +956,7 @@ class Tokenizer:
             scheme = prefix_scheme(contents)
         self.prefix = "never" if self.settings.get("add_prefix_space") is False else scheme
 
-        # What SentencePiece cannot decode: added words, and "" for special tokens, which are not shown.
+        # Texts of what SentencePiece cannot decode: added words, and "" for special tokens.
         mark = WORDS if self.prefix == "always" else ""  # the tokenizer puts a space after the word
         texts = {token["id"]: "" if token.get("special") else text + mark
                  for text, token in self.added.items() if token["id"] >= size or token.get("special")}
@@ -991,7 +992,7 @@ class Tokenizer:
             tk.encode_special_tokens, parts, end = False, [], 0
             encoding = tk.encode(text, add_special_tokens=False)
             for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-                if i in ids and not {WORDS, ANSWER} & {*text[start:stop]}:  # these can be the unknown token
+                if i in ids and not {WORDS, ANSWER} & {*text[start:stop]}:  # they may be the unknown token
                     parts += [text[end:start], i]
                     end = stop
             return [part for part in [*parts, text[end:]] if part != ""]
@@ -1047,9 +1048,9 @@ class Tokenizer:
         except Exception as error:  # a template can raise anything
             raise UserError(f"{self.folder}: its chat template fails ({error}); correct it, or give "
                             "--template NAME") from None
-        if prompt.count(WORDS) != 1:
-            raise UserError(f"{self.folder}: its chat template contains the prompt {prompt.count(WORDS)} "
-                            "times; give --template NAME")
+        if prompt.count(WORDS) != 1 or dialogue.count(ANSWER) > 1:
+            raise UserError(f"{self.folder}: its chat template contains the prompt {prompt.count(WORDS)} times "
+                            f"and the answer {dialogue.count(ANSWER)} times; give --template NAME")
         before, _, after = dialogue.partition(ANSWER)
         # Thinking templates render an old answer without the block that the prompt ends with.
         between = before[len(prompt):] if before.startswith(prompt) else ""
@@ -1057,14 +1058,14 @@ class Tokenizer:
         used = {part for part in (*parts, *answer_parts) if isinstance(part, int)}
         self.control = {text: token["id"] for text, token in self.added.items()
                         if token.get("special") or token["id"] in used}
-        # Ids for a text that spells a control token: its first character and the rest, encoded separately.
+        # A text that spells a control token is cut after its first character, so that it stays text.
         self._spelled = {i: self._encode([text[:1]], False) + self._encode([text[1:]], False)
                          for text, i in self.control.items() if self._encode([text], False) == [i]}
         words = {text: token for text, token in self.added.items()
                  if text not in self.control and token["id"] >= self.size}
-        self._words = splitter(words if self.path.suffix == ".model" else {})  # tokenizers cuts by itself
+        self._words = splitter(words if self.path.suffix == ".model" else {})  # tokenizers cuts itself
 
-        # The paper's code encodes an answer as a new text; otherwise it continues the prompt.
+        # The paper's code encodes the answer separately; with the checkpoint's template it continues the prompt.
         apart = self.template != "own" or (self.prefix == "always" and isinstance(parts[-1], int))
         self._prompt = self._turn(parts, WORDS, self.prefix != "never", [
             self._cut(render(words)) == parts for words in (" " + WORDS, WORDS + " ")])
@@ -1198,7 +1199,7 @@ def error_line(error):
         other = "output" if is_full else "the working directory" if error.errno == errno.ENOENT else None
         if (name := error.filename or other) is None:
             return None
-        advice = "make room and run again (train.py: --resume)" if is_full else "check path and permissions"
+        advice = "make room and run again" if is_full else "check path and permissions"
         message = f"{name}: {error.strerror}; {advice}"
     return printable(" ".join(message.splitlines()))
 
@@ -1253,9 +1254,16 @@ def at_least(low, kind=int):
     def number(text):
         value = kind(text)
         if not low <= value < 2 ** 63:
-            raise argparse.ArgumentTypeError(f"{text} is not {low} or more")
+            raise argparse.ArgumentTypeError(f"{text} is not {low} or more, and below 2^63")
         return value
     return number
+
+
+def file_path(text):
+    """An argparse type: a path."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, expected a path")
+    return text
 
 
 CONVERT = ('expected JSON lines of "instruction", "instruction_en" and "output"; data/README.md has a '
@@ -1286,7 +1294,8 @@ def parse_json(text, path, line=1, expected="copy the file again"):
         return json.loads(text, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
-        raise UserError(f"{path}:{line}: not valid JSON ({error}); {expected}") from None
+        problem = getattr(error, "msg", error)  # without its own count of lines
+        raise UserError(f"{path}:{line}: not valid JSON ({problem}); {expected}") from None
 
 
 def read_json(path):
@@ -1393,11 +1402,12 @@ def write_text(path, text):
     Follows a link, keeps the mode of an existing file, writes directly to a device or pipe.
     """
     content = text.encode(errors="backslashreplace")  # for unpaired surrogates
-    if Path(path).exists() and not Path(path).is_file():
-        return Path(path).write_bytes(content)
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(content)
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         sync(temporary)

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from cctuning import Batch, CCTuning, gumbel_noise, load_cctuning
 from model import (DATA, INDEX_FILE, RUN_FILE, SOURCES, TEMPLATE_NAMES, Config, Help, Tokenizer, UserError,
-                   at_least, check_writable, choose_device, error_line, is_ours, pad, printable,
+                   at_least, check_writable, choose_device, error_line, file_path, is_ours, pad, printable,
                    process_ranks, read_json, read_records, read_text, refuse_nan, relative, run_script,
                    save_checkpoint, silence, sync, tokenizer_files, write_text)
 
@@ -80,10 +80,11 @@ def parse_args(argv=None):
 
     embedded = " ".join(f"--{name} {EMBEDDED[name]}" for name in PAPER)
     group = parser.add_argument_group("files")
-    add("model", "checkpoint folder to start from (default: the embedded data/base)", str, "DIR")
-    add("data", f"training samples (default: the embedded data/train.jsonl, with {embedded})", str, "FILE")
-    add("eval_data", "samples for the validation loss, measured after each epoch", str, "FILE")
-    add("out", "folder for the result", str, "DIR", default="out")
+    add("model", "checkpoint folder to start from (default: the embedded data/base)", file_path, "DIR")
+    add("data", f"training samples (default: the embedded data/train.jsonl, with {embedded})", file_path,
+        "FILE")
+    add("eval_data", "samples for the validation loss, measured after each epoch", file_path, "FILE")
+    add("out", "folder for the result", file_path, "DIR", default="out")
     add("overwrite", "replace a model in --out once the new one is written", action="store_true")
     add("max_shard_size", "maximum GB per weight file", at_least(0, float), default=5.0)
 
@@ -336,7 +337,7 @@ def memory_plan(args):
 # ------------------------------------------------------------------------------------------------- setup
 
 class Setup:
-    """What a run works with, read before any work is done. Raises UserError for what cannot work."""
+    """All inputs of a run, read and checked before any work is done."""
 
     def __init__(self, args, dist):
         check_writable(args.out)
@@ -363,15 +364,15 @@ class Setup:
             read_samples(path, self.tokenizer, max_length, dist.print0, args.method) if path else []
             for path in (args.data, args.eval_data))
         if args.method == "cc" and all(s.is_english for s in self.samples):
-            raise UserError(f"{args.data}: every instruction equals its instruction_en, the Transform Matrix "
-                            "needs other languages; add some, or give --method sft")
+            raise UserError(f"{args.data}: every sample is English (instruction equals instruction_en, or lang "
+                            "is en), the Transform Matrix needs others; add some, or give --method sft")
         self.steps = [(epoch, numbers) for epoch in range(args.epochs)  # numbers: of the samples of a step
                       for numbers in make_batches(self.samples, args.batch_size, args.seed, epoch)]
         args.dtype = args.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32")
         # bfloat16 in one process. In several, fully_shard gathers the weights in it: see shard.
         enabled = args.dtype == "bfloat16" and dist.world_size == 1
         self.autocast = functools.partial(torch.autocast, dist.device.type, torch.bfloat16, enabled)
-        # What must be the same on resume. The model: its path, however spelled, and its config.json.
+        # Settings that must match on --resume. The model is known by its resolved path and its config.json.
         model = Path(args.model).resolve()
         self.run_info = {name: value for name, value in vars(args).items() if name not in RESUME_MAY_CHANGE}
         self.run_info |= {
@@ -380,7 +381,7 @@ class Setup:
 
 
 def digest(*values):
-    """A hash of the values. A list is read item by item: the text of all samples may take gigabytes."""
+    """A hash of the values. Lists are hashed item by item, to avoid one huge string."""
     hashed = sha256()
     for value in values:
         items = value if isinstance(value, list) else [value]
@@ -436,7 +437,7 @@ def load_for_training(setup):
         cc.decision_maker.requires_grad_(False)
     elif cc.trained and trained_for != setup.config.fusion_layer:
         raise UserError(f"--fusion_layer: {args.model} was trained for layer {trained_for}; leave it out")
-    elif args.epochs == 0 and not cc.trained:
+    elif args.epochs == 0 and not cc.trained and setup.config.source_layer == "decision_maker":
         raise UserError(f"{args.model}: no trained Decision Maker; train before fitting (--epochs 1)")
     if args.checkpoint_activations:
         for layer in cc.lm.model.layers:
@@ -554,7 +555,7 @@ def fit_matrix(setup, cc):
     groups = list(dist.micro_batches(fit, args.micro_batch))
     for group, weight in tqdm(groups, "matrix", disable=dist.rank > 0 or None):
         own, english = activations(group)
-        finite = (own.isfinite() & english.isfinite()).all(2).all(0)  # (B,): others would ruin the sums
+        finite = (own.isfinite() & english.isfinite()).all(2).all(0)  # (B,): NaN and inf spoil sums
         finite &= bool(weight)
         matrix.add(own[:, finite], english[:, finite])
         count += finite.sum()
@@ -570,7 +571,8 @@ def fit_matrix(setup, cc):
                              for r in matrix.r_squared(own, english).tolist()]
     info["doubt"] = doubt(info, setup.config)
     shown = " ".join("-" if r is None else f"{r:.2f}" for r in info["r_squared"])
-    dist.print0(f"matrix: fitted on {info['prompts']} prompts, R^2 per layer on {len(test)} others {shown}")
+    measured = f"R^2 per layer on {len(test)} others {shown}" if test else "too few to measure R^2 on others"
+    dist.print0(f"matrix: fitted on {info['prompts']} prompts, {measured}")
     dist.print0(info["doubt"])
     if isinstance(cc, FSDPModule):
         cc.reshard()
@@ -578,7 +580,7 @@ def fit_matrix(setup, cc):
 
 
 def doubt(info, config):
-    """Why a matrix with this info may be of little use; None if there is no sign of that."""
+    """A warning if the fit looks unreliable, else None."""
     r_squared, problem = info["r_squared"], None
     if info["prompts"] * config.num_hidden_layers < config.hidden_size:
         problem = f"{info['prompts']} prompts are too few to determine its {config.hidden_size} rows"
@@ -708,7 +710,7 @@ def train(args, stop_signals):
     with Dist.start() as dist, contextlib.ExitStack() as until_exit:
         setup = dist.together(Setup, args, dist)
         if len(set(dist.gather(digest(vars(args), setup.samples, setup.eval_samples)))) > 1:
-            raise UserError("--data: the processes have other arguments or data; start all with the same")
+            raise UserError("--data: the ranks have different arguments or data; start all with the same")
         if dist.on_rank0(claim, setup, until_exit):
             return dist.print0(f"{args.out}: holds the result of this run already")
         cc, dtypes = dist.together(load_for_training, setup)
@@ -775,8 +777,8 @@ def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
             log.write(step=step + 1, epoch=epoch, eval_loss=losses)
             dist.print0(f"epoch {epoch + 1}/{args.epochs}: validation loss {min(losses.values()):.4f}")
 
-        # save, after the last step too: the fit may be interrupted. Not after a skipped step: nothing is new,
-        # and --keep would remove an older checkpoint for it.
+        # save, after the last step too: the fit may be interrupted. Not after a skipped step: the weights are
+        # unchanged, and --keep would remove an older checkpoint for them.
         is_orphan = dist.torchrun not in (None, os.getppid())  # torchrun was killed
         is_stopping = dist.sum(torch.tensor(float(len(stop_signals) + is_orphan), device=dist.device)) > 0
         is_due = args.save_every and is_finite and (is_last or (step + 1) % args.save_every == 0)
@@ -792,9 +794,10 @@ def train_steps(setup, cc, optimizer, checkpointer, log, start, stop_signals):
 
 def save_result(setup, cc, dtypes, info):
     """Write the checkpoint folder. Every process gathers the weights, rank 0 writes them."""
-    args, out = setup.args, Path(setup.args.out)
-    extra = {name: full_tensor(p) for name, p in cc.named_parameters() if name.startswith("decision_maker.")}
-    extra = {**extra, "transform_matrix": cc.transform_matrix.weight.cpu()} if args.method == "cc" else None
+    args, out, extra = setup.args, Path(setup.args.out), {}
+    if args.method == "cc":
+        extra = {f"decision_maker.{name}": full_tensor(p) for name, p in cc.decision_maker.named_parameters()}
+        extra["transform_matrix"] = cc.transform_matrix.weight.cpu()
     tensors = ((name, refuse_nan(f"{out}: {name}", full_tensor(p).to(dtypes[name])))
                for name, p in cc.lm.named_parameters())
     if setup.dist.rank > 0:
@@ -821,6 +824,8 @@ def main():
     def stop(number, frame):
         stop_signals.append(number)
         signal.signal(number, default[number])
+        if process_ranks()[0] == 0:  # not print: the signal may come while it is printing
+            os.write(2, b"signal received: finishing this step or the run; a second one ends it at once\n")
 
     with contextlib.ExitStack() as until_exit:
         for number in default:

@@ -1,4 +1,5 @@
 """Pictures of an evaluation, drawn by `eval.py --plot DIR` (needs matplotlib)."""
+import contextlib
 import json
 from pathlib import Path
 
@@ -24,10 +25,18 @@ def draw(folder, results):
     if layers:
         draw_layers(folder, layers)
     logs = {cell["model"]: Path(cell["model"]) / "train_log.jsonl" for cell in cells}
-    logs = {model: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            for model, path in logs.items() if path.exists()}
+    logs = {model: read_log(path) for model, path in logs.items() if path.exists()}
     if logs:
         draw_losses(folder, logs)
+
+
+def read_log(path):
+    """The entries of a train_log.jsonl, without a line that was cut short."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def draw_scores(folder, cells, summaries):

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import calls
-from conftest import CONFIG, PAIRS, json_lines, losses, tensors, training, write_benchmark, write_checkpoint, write_data
+from conftest import (CONFIG, PAIRS, json_lines, losses, tensors, training, write_benchmark, write_checkpoint,
+                      write_connection, write_data)
 from hookpeer import HookedCCTuning
 from reference import IGNORED, Reference, answer_ids, falls_short, gumbel, prompt_ids
 
@@ -297,6 +298,11 @@ def test_layer_ablations(checkpoint, tmp_path, run, source_layer):
                    "--explain", "--max_new_tokens=1", "--batch_size", size)[0] == 0
         layers.append([line["layer"] for line in json_lines(answers)])
     assert layers[0] == layers[1]
+    if source_layer == "mean":  # of a model with a Decision Maker
+        tuned = write_connection(shutil.copytree(folder, tmp_path / "tuned"))
+        command = training(tuned, tmp_path / "out.jsonl", again, epochs=0, source_layer="mean", overwrite=True)
+        assert run(*command)[0] == 0
+        assert load_file(again / "cctuning.safetensors").keys() == {"transform_matrix"}
     assert set(layers[0]) == {2: {2}, "random": {0, 1, 2, 3}, "mean": {None}}[source_layer]
 
 

@@ -281,7 +281,9 @@ def test_settings_left_in_tokenizer_json(tmp_path):
 
 @pytest.mark.parametrize("jinja, problem", [
     ("{{ messages[0]['content'] }", "fails"), ("{{ raise_exception('system first') }}", "system first"),
-    ("{{ bos_token }}", "0 times"), ("{{ messages[0]['content'] * 2 }}", "2 times"), ("{{ no.such }}", "fails")])
+    ("{{ bos_token }}", "0 times"), ("{{ messages[0]['content'] * 2 }}", "2 times"),
+    ("{{ messages[0]['content'] }}{{ messages[1:] | map(attribute='content') | join * 2 }}", "answer 2 times"),
+    ("{{ no.such }}", "fails")])
 def test_template_that_cannot_be_used(tmp_path, jinja, problem):
     """Catches a traceback, or prompts without the user's words."""
     folder = chat_checkpoint(tmp_path, "chatml", "sentencepiece", chat_template=jinja)

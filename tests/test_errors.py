@@ -211,6 +211,7 @@ CHECKPOINTS = [  # a prompt is asked of each
         {"decision_maker.weight": torch.zeros(5, 48)})),
     ("an unknown tensor beside them", "other", connection({"other": torch.zeros(1)})),
     ("a connection cut short", "cctuning.safetensors: damaged", connection(), cut(CONNECTION, 0.5)),
+    ("arguments that are none", "cctuning is malformed", config(cctuning={"arguments": 5})),
     ("a matrix without its Decision Maker", "lacks", connection({"decision_maker.weight": None})),
     ("matrix asked of a plain model", "no Transform Matrix", "--connection=matrix"),
     ("english asked of a plain model", "no trained Decision Maker", "--connection=english", "--prompt_en=hi"),
@@ -322,6 +323,17 @@ COMMANDS = [  # the cases that each command is tried on
     (["train", "--data={data}", "--out={folder}/out"], SAMPLES + TRAINING),
     (["eval", "--data={folder}/bench", "--out={folder}/out", "--max_new_tokens=2"], EVALUATION),
 ]
+
+
+@pytest.mark.parametrize("script, option", [("train", "--model"), ("train", "--data"), ("train", "--eval_data"),
+                                            ("train", "--out"), ("infer", "--model"), ("infer", "--input"),
+                                            ("infer", "--output"), ("eval", "--model"), ("eval", "--data"),
+                                            ("eval", "--out"), ("eval", "--plot")])
+def test_empty_paths(run, script, option):
+    """Catches an empty path (of a shell variable that is not set) taken for an option that is not given: a model
+    saved without training, the embedded default instead of the user's."""
+    code, _, err = run(script, option, "")
+    assert code == 2 and f"argument {option}: is empty" in err
 
 
 def files(folder):

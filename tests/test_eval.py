@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import infer  # noqa: F401 (both stay imported, whatever the test of defaults does)
-from conftest import PAIRS, ROOT, json_lines, text_of, write_checkpoint, write_connection, write_parrot
+from conftest import PAIRS, ROOT, json_lines, results_of, text_of, write_checkpoint, write_connection, write_parrot
 from eval import OPTIONS, choice, holm, open_scores, rouge_l
 from reference import Reference, answer_ids, prompt_ids
 
@@ -664,7 +664,16 @@ def test_answers_are_kept(score, run, tmp_path, monkeypatch):
     assert answered("--rescore") == [] and json_lines(path)[0]["choice"] == "3"
     code, _, err = run("eval", "--model", "model", "--data", "bench", "--out", tmp_path / "scores", "--limit=1",
                        "--rescore")
-    assert code == 2 and "sw.jsonl: has not 1 answers" in err
+    assert code == 2 and "sw.jsonl: does not hold answers to these 1 prompts" in err
+    write_task(tmp_path / "bench", "XNLI", "sw", [("mbili?", "2"), ("moja?", "2")])  # other prompts, as many
+    code, _, err = run("eval", "--model", "model", "--data", "bench", "--out", tmp_path / "scores", "--rescore")
+    assert code == 2 and "sw.jsonl: does not hold answers to these 2 prompts" in err
+    write_task(tmp_path / "bench", "XNLI", "sw", [("moja?", "2"), ("mbili?", "2")])
+    path.write_text(path.read_text().replace('"answer"', '"reply"'))  # by another program
+    code, _, err = run("eval", "--model", "model", "--data", "bench", "--out", tmp_path / "scores", "--rescore")
+    assert code == 2 and "sw.jsonl: does not hold answers" in err
+    (tmp_path / "elsewhere").rename(tmp_path / "model")
+    assert answered("--max_new_tokens=3") == [2]
 
 
 def test_results_grow(run, tmp_path, monkeypatch):
@@ -696,6 +705,24 @@ def test_results_grow(run, tmp_path, monkeypatch):
     code, out, err = run(*command)
     assert code == 0 and "a_b: facts sw: exact 0.0, 1 items, 0 s\n" in err
     assert {path.name for path in (tmp_path / "scores" / "answers").iterdir()} == {"a%2Fb_none", "a_b_none"}
+
+
+def test_one_column_each(run, tmp_path, monkeypatch):
+    """Catches a connection that counts twice, English that is missed after an hour of other answers, and answers
+    in a hidden folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_connection(write_parrot(tmp_path / "model", {"?": "1"}))
+    write_task(tmp_path / "bench", "XNLI", "sw", [("Gani?", "1")], english=["Which?"])
+    command = ("eval", "--model", "../model", "--data", "../bench", "--out", "scores", "--connection")
+    assert run(*command, "none", "none")[0] == 0 and run(*command, "none", "none", "--rescore")[0] == 0
+    found, = results_of(tmp_path / "here" / "scores")
+    assert found["items"] == 1
+    folder, = (tmp_path / "here" / "scores" / "answers").iterdir()
+    assert not folder.name.startswith(".") and folder.name.endswith("model_none")
+    write_task(tmp_path / "bench", "facts", "sw", [("Gani?", "1")])
+    code, _, err = run(*command, "matrix", "english")
+    assert code == 2 and "facts/split_sample/sw.json:1: --connection english" in err and "XNLI" not in err
 
 
 def test_defaults(tmp_path, run, monkeypatch):
@@ -743,7 +770,7 @@ def test_figures(score, tmp_path, monkeypatch):
         write_task(tmp_path / "bench", "XNLI", lang, items)
     log = [{"step": 1, "loss": 3, "lr": 1}, {"step": 2, "loss": 2, "lr": 0},
            {"step": 2, "eval_loss": {"none": 1.5}}, {"matrix": {}}]
-    (tmp_path / "b" / "train_log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    (tmp_path / "b" / "train_log.jsonl").write_text("\n".join([*map(json.dumps, log), '{"step": 3, "lo']))
     everything, _, answers = score(["a", "b"], "bench", "--plot", "figures")
     pictures = [tmp_path / "figures" / name for name in ("scores.png", "layers.png", "loss.png")]
     assert all(picture.stat().st_size > 1000 for picture in pictures)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 import types
 from collections import Counter
@@ -356,8 +357,19 @@ def test_files(tmp_path, run, ask):
     assert ask(folder, records, "--batch_size=2") == answered
     assert "é" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")
     (tmp_path / "list.json").write_text(json.dumps(records, indent=1))
-    code, out, _ = run("infer", "--model", folder, "--input", tmp_path / "list.json")
-    assert code == 0 and [json.loads(line) for line in out.splitlines()] == answered
+    for output in ([], ["--output=-"]):
+        code, out, _ = run("infer", "--model", folder, "--input", tmp_path / "list.json", *output)
+        assert code == 0 and [json.loads(line) for line in out.splitlines()] == answered
+
+
+def test_streams_by_name(tmp_path):
+    """Catches - taken for the name of a file, and an error that does not name the output."""
+    folder = write_parrot(tmp_path / "model", {"Nini?": "hivi"})
+    for output, shown in (("-", '{"instruction": "Nini?", "answer": "hivi"}\n'), ("/dev/full", "")):
+        command = [sys.executable, ROOT / "infer.py", "--model", folder, "--input", "-", "--output", output]
+        done = subprocess.run(command, input='{"instruction": "Nini?"}', capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout == shown and not (tmp_path / "-").exists()
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: /dev/full: No space left")
 
 
 def test_half_a_character_in_a_field(tmp_path, ask):

@@ -234,8 +234,9 @@ def test_all_is_on_the_disk_before_it_is_renamed(runs, ran, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("number, default", [(signal.SIGTERM, signal.SIG_DFL),
                                              (signal.SIGINT, signal.default_int_handler)])
-def test_signals(runs, run, tmp_path, number, default):
-    """Catches a run that a second signal does not end at once, and a handler that stays after the run."""
+def test_signals(runs, run, tmp_path, capfd, number, default):
+    """Catches a run that a second signal does not end at once, one that does not say that it got the first, and a
+    handler that stays after the run."""
     before, during = signal.getsignal(number), []
 
     def stop(*_):
@@ -247,6 +248,7 @@ def test_signals(runs, run, tmp_path, number, default):
     hook.remove()
     assert code == 128 + number and "stopped after step" in said
     assert during == [default] and signal.getsignal(number) == before
+    assert capfd.readouterr().err.count("signal received") == 1
 
 
 def test_another_spelling_of_the_paths(runs, go_on, tmp_path, monkeypatch):
