@@ -61,7 +61,8 @@ FLAGS = {  # of an answer: text that follows the number of answers with it
     "truncated": "answers were cut at --max_new_tokens",
     "shortened": "prompts were shortened to fit",
     "unreachable": "golds are dates, yes or no, without words for them in data/languages.json"}
-ANSWER_KEYS = {"digest", "answer", "likelihood", "layer", "layers", "truncated", "shortened"}  # in OUT/answers
+ANSWER_KEYS = {  # of a row of OUT/answers
+    "digest", "answer", "likelihood", "layer", "layers", "truncated", "shortened"}
 RESAMPLES, PERMUTATIONS = 1000, 10000
 HERE = Path(__file__).resolve().parent
 LANGUAGE_TABLES = read_json(HERE / "data" / "languages.json")
@@ -724,8 +725,8 @@ class Results:
                     yield f"{column}: {count} {meaning}"
         for task in dict.fromkeys(cell["task"] for cell in self.cells):
             if len({cell["items"] for cell in self.cells if cell["task"] == task}) > 1:
-                yield (f"{task}: languages differ in their number of items; the intervals of its means assume "
-                       "that item n is the same in every language")
+                yield (f"{task}: languages differ in their number of items; the intervals of its means "
+                       "assume that item n is the same in every language")
         yield "intervals and p-values are over items: they do not include the variation over training seeds"
         if any(cell["task"] in OPTIONS for cell in self.cells):
             yield "untuned models favour some options whatever is asked: see the rows 'picked'"

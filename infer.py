@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from cctuning import CCTuning, load_cctuning
 from model import (DATA, TEMPLATE_NAMES, Config, Help, KVCache, Record, Tokenizer, UserError, at_least,
-                   check_writable, choose_device, error_line, file_path, holds_model, pad, printable, process_ranks,
-                   read_json_lines, read_records, relative, run_script, write_text)
+                   check_writable, choose_device, error_line, file_path, holds_model, pad, printable,
+                   process_ranks, read_json_lines, read_records, relative, run_script, write_text)
 
 WHICH_MODEL = "out if it holds one, else the embedded data/tuned"  # default_model, in words
 LANGUAGES = "ar bn de el en es eu fr hi id ja ko pt ru sw te th tr ur vi yo zh".split()  # the paper's
@@ -43,8 +43,8 @@ def parse_args(argv=None):
     add("--model", type=file_path, metavar="DIR", help=f"checkpoint folder (default: {WHICH_MODEL})")
     add("--lang", metavar="CODE", help="language of the embedded questions; no effect on prompts of your own")
     add("--prompt", metavar="TEXT", help="a prompt, or - for a prompt per line of standard input")
-    add("--input", type=file_path, metavar="FILE", help="prompts as JSON lines or a JSON list, - for standard "
-        "input: \"instruction\", optional \"instruction_en\", \"lang\" and \"input\"")
+    add("--input", type=file_path, metavar="FILE", help="prompts as JSON lines or a JSON list (-: from "
+        "standard input) of \"instruction\", optional \"instruction_en\", \"lang\" and \"input\"")
     add("--prompt_en", metavar="TEXT", help="English version of --prompt, for --connection english")
     add("--output", type=file_path, metavar="FILE",
         help="--input's lines with \"answer\" added (default: standard output)")

@@ -1049,8 +1049,8 @@ class Tokenizer:
             raise UserError(f"{self.folder}: its chat template fails ({error}); correct it, or give "
                             "--template NAME") from None
         if prompt.count(WORDS) != 1 or dialogue.count(ANSWER) > 1:
-            raise UserError(f"{self.folder}: its chat template contains the prompt {prompt.count(WORDS)} times "
-                            f"and the answer {dialogue.count(ANSWER)} times; give --template NAME")
+            raise UserError(f"{self.folder}: its chat template contains the prompt {prompt.count(WORDS)} "
+                            f"times, the answer {dialogue.count(ANSWER)} times; give --template NAME")
         before, _, after = dialogue.partition(ANSWER)
         # Thinking templates render an old answer without the block that the prompt ends with.
         between = before[len(prompt):] if before.startswith(prompt) else ""
@@ -1065,7 +1065,7 @@ class Tokenizer:
                  if text not in self.control and token["id"] >= self.size}
         self._words = splitter(words if self.path.suffix == ".model" else {})  # tokenizers cuts itself
 
-        # The paper's code encodes the answer separately; with the checkpoint's template it continues the prompt.
+        # The paper's code encodes the answer separately; in the checkpoint's template it continues the prompt.
         apart = self.template != "own" or (self.prefix == "always" and isinstance(parts[-1], int))
         self._prompt = self._turn(parts, WORDS, self.prefix != "never", [
             self._cut(render(words)) == parts for words in (" " + WORDS, WORDS + " ")])

@@ -364,8 +364,8 @@ class Setup:
             read_samples(path, self.tokenizer, max_length, dist.print0, args.method) if path else []
             for path in (args.data, args.eval_data))
         if args.method == "cc" and all(s.is_english for s in self.samples):
-            raise UserError(f"{args.data}: every sample is English (instruction equals instruction_en, or lang "
-                            "is en), the Transform Matrix needs others; add some, or give --method sft")
+            raise UserError(f"{args.data}: every sample is English (by lang, or instruction equals "
+                            "instruction_en), the Transform Matrix needs others; add some, or give --method sft")
         self.steps = [(epoch, numbers) for epoch in range(args.epochs)  # numbers: of the samples of a step
                       for numbers in make_batches(self.samples, args.batch_size, args.seed, epoch)]
         args.dtype = args.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32")

@@ -541,7 +541,7 @@ os._exit(0)
 @pytest.mark.slow
 def test_ranks_that_differ(base, tmp_path):
     """Catches ranks with different arguments, and an error of rank 1 that is not shown."""
-    for change, culprit in (('sys.argv[-1] = "--seed=1"', "other arguments"),
+    for change, culprit in (('sys.argv[-1] = "--seed=1"', "different arguments"),
                             ('sys.argv[4] = "/not/there"', "/not/there")):
         before = ('import os\nload = json.load\n'
                   'def differing(file):\n'
