@@ -48,7 +48,7 @@ from infer import WHICH_MODEL, Engine, add_engine_options, default_model, write_
 from model import (CCTUNING_FILE, DATA, TOKENIZER_FILES, Config, Help, Tokenizer, UserError, at_least,
                    check_writable, file_path, read_json, read_json_lines, read_records, read_text, relative,
                    run_script, weight_files, write_text)
-from train import Dist, digest
+from train import Dist, digest, sha256_of
 
 OPTIONS = {"XNLI": "123", "XStoryCloze": "12", "MMMLU": "ABCD"}  # other tasks are answered freely
 METRICS = defaultdict(lambda: ("exact", "contained", "f1"), {  # of each task, its main metric first
@@ -62,7 +62,7 @@ FLAGS = {  # of an answer: text that follows the number of answers with it
     "shortened": "prompts were shortened to fit",
     "unreachable": "golds are dates, yes or no, without words for them in data/languages.json"}
 ANSWER_KEYS = {  # of a row of OUT/answers
-    "digest", "answer", "likelihood", "layer", "layers", "truncated", "shortened"}
+    "digest", "prompts", "answer", "likelihood", "layer", "layers", "truncated", "shortened"}
 RESAMPLES, PERMUTATIONS = 1000, 10000
 HERE = Path(__file__).resolve().parent
 LANGUAGE_TABLES = read_json(HERE / "data" / "languages.json")
@@ -182,7 +182,7 @@ def model_digest(folder):
     """A hash of a checkpoint folder: small files by content, weight files by name, size and time."""
     small = [Path(folder) / name for name in ("config.json", *TOKENIZER_FILES, CCTUNING_FILE)]
     weights = [(path.name, path.stat()) for path in sorted(weight_files(folder))]
-    return digest(([(path.name, path.read_bytes()) for path in small if path.exists()],
+    return digest(([(path.name, sha256_of(path)) for path in small if path.exists()],
                    [(name, stat.st_size, stat.st_mtime_ns) for name, stat in weights]))
 
 
@@ -196,25 +196,26 @@ def give_answers(engine, path, task, items, args, dist):
     texts, ids = [item.prompt for item in items], [(prompt.ids, prompt.english_ids) for prompt in prompts]
     model = model_digest(engine.folder)
     wanted = digest((model, engine.connection, engine.dtype, max_new_tokens, texts, ids))
-    if not args.again and (rows := dist.on_rank0(read_answers, path, len(items), wanted)):
+    if not args.again and (rows := dist.on_rank0(read_answers, path, len(items), {"digest": wanted})):
         return rows
     with tqdm(total=math.ceil(len(prompts) / dist.world_size), desc=f"{task} {path.stem}", leave=False,
               disable=dist.rank > 0 or None) as progress:
         answers = engine.answer_all(prompts, args.batch_size, max_new_tokens, progress=progress,
                                     rank=dist.rank, world_size=dist.world_size)
     answers = [next(filter(None, of_ranks)) for of_ranks in zip(*dist.gather(answers), strict=True)]
-    return [{"digest": wanted, "item": n, "answer": engine.tokenizer.decode(answer.ids),
+    return [{"digest": wanted, "prompts": digest(texts), "item": n, "answer": engine.tokenizer.decode(answer.ids),
              "tokens": len(answer.ids), "truncated": len(answer.ids) >= max_new_tokens,
              "shortened": fitting[n] != items[n], "layer": answer.layer,
              "likelihood": {option: round(value, 4) for option, value in (answer.likelihood or {}).items()},
              "layers": engine.config.num_hidden_layers} for n, answer in enumerate(answers)]
 
 
-def read_answers(path, count, wanted=None):
-    """The `count` rows of a file of answers, of the digest `wanted` if given; None if it holds others."""
+def read_answers(path, count, expected):
+    """The `count` rows of a file of answers, if all have the expected {key: value}; else None."""
     rows = [row for _, row in read_json_lines(path)] if path.exists() else []
-    valid = len(rows) == count and all(isinstance(row, dict) and row.keys() >= ANSWER_KEYS for row in rows)
-    return rows if valid and all(wanted in (None, row["digest"]) for row in rows) else None
+    valid = all(isinstance(row, dict) and row.keys() >= ANSWER_KEYS and row.items() >= expected.items()
+                for row in rows)
+    return rows if valid and len(rows) == count else None
 
 
 # ----------------------------------------------------------------------------------------------- scoring
@@ -313,13 +314,16 @@ def is_contained(answer, gold, lang):
     """Do the gold's words stand in the answer, side by side?
 
     The first word may have a prefix particle (ar; words of three letters or more), the last one a suffix
-    particle (ko, tr, ru; two letters or more); digits have none. Apostrophes separate words.
+    particle (ko, tr, ru; two letters or more); digits have none. Apostrophes may separate words.
     """
     before, after = (LANGUAGE_TABLES["particles"][side].get(lang, "") for side in ("before", "after"))
-    found, words = (answer_tokens(re.sub("['’ʼ`]", " ", text), lang) for text in (answer, gold))
-    key = re.escape(" ".join(words))
-    key = rf"(?<!\S)(?:(?:{before})(?=[^\d\s]{{3}}))?{key}(?:(?<=[^\d\s]{{2}})(?:{after}))?(?!\S)"
-    return bool(words and re.search(key, " ".join(found)))
+    for apostrophe in ("(?!)", "['’ʼ`]"):
+        found, words = (answer_tokens(re.sub(apostrophe, " ", text), lang) for text in (answer, gold))
+        key = re.escape(" ".join(words))
+        key = rf"(?<!\S)(?:(?:{before})(?=[^\d\s]{{3}}))?{key}(?:(?<=[^\d\s]{{2}})(?:{after}))?(?!\S)"
+        if words and re.search(key, " ".join(found)):
+            return True
+    return False
 
 
 def token_f1(answer, gold, lang):
@@ -386,7 +390,8 @@ BECAUSE = any_of(CHOICE["because"])
 OR = rf"[\W_]*{any_of(CHOICE['or'])}[\W_]*(?:\w{{2,}}[\W_]+)?"  # "A or possibly B"
 NOT = rf"{any_of(CHOICE['not'])}\s*"  # before an option, with up to three words between: "not the option A"
 NOT_MARK = rf"{NOT}(?:[A-D\d]{OR})*(?:(?!{any_of(CHOICE['but'])}|[A-D\d]\b)\w+\s+){{0,3}}[^\w\s]*$"
-DENIED = rf"\s*{any_of(CHOICE['denied'])}"  # after an option or its text
+# after an option or its text: "is wrong", and not "is not wrong"
+DENIED = rf"\s*{any_of(CHOICE['denied'])}(?!\s*{any_of(CHOICE['wrong'])})"
 
 
 def option_texts(prompt, options):
@@ -739,18 +744,18 @@ def evaluate(engine, column, folder, todo, args, dist, results, **about):
     for task, lang, items in todo:
         start, path = time.time(), folder / task / f"{lang}.jsonl"
         prompts = [{"item": n, "instruction": item.prompt} for n, item in enumerate(items)]
-        prompts_path = Path(args.out, "prompts", task, f"{lang}.jsonl")
         if engine:
             rows = give_answers(engine, path, task, items, args, dist)
         else:
-            rows = read_answers(path, len(items))
-            if rows is None or [value for _, value in read_json_lines(prompts_path)] != prompts:
+            texts = digest([item.prompt for item in items])
+            rows = read_answers(path, len(items), {"prompts": texts})
+            if rows is None:
                 raise UserError(f"{path}: does not hold answers to these {len(items)} prompts; answer "
                                 "without --rescore")
         rows = [score_row(task, lang, item, row) for item, row in zip(items, rows, strict=True)]
         results.add(column, task, lang, rows, round(time.time() - start, 1), **about)
         dist.on_rank0(write_json_lines, path, rows)
-        dist.on_rank0(write_json_lines, prompts_path, prompts)
+        dist.on_rank0(write_json_lines, Path(args.out) / "prompts" / task / f"{lang}.jsonl", prompts)
         dist.on_rank0(results.write, Path(args.out))
         if not sys.stderr.isatty():
             metric, score = next(iter(results.cells[-1]["scores"].items()))

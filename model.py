@@ -28,6 +28,7 @@ import secrets
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -937,6 +938,8 @@ class Tokenizer:
         proto = self.path.read_bytes()
         try:
             sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            # Protobuf messages merge when concatenated: this sets normalizer_spec.add_dummy_prefix to false.
+            bare = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except (RuntimeError, OSError):
             raise UserError(f"{self.path}: not a SentencePiece model; copy it again, or remove it to use "
                             "tokenizer.json") from None
@@ -965,7 +968,8 @@ class Tokenizer:
             pieces = [texts.get(i) or sp.id_to_piece(i) for i in ids if texts.get(i, i < size)]
             return sp.decode(pieces).replace(WORDS + " ", "").replace(WORDS, "")
 
-        self._cut, self._raw, self._decode, self._lead = splitter(self.added), sp.encode, decode, WORDS
+        self._cut, self._decode = splitter(self.added), decode
+        self._raw = lambda text, prefix: (sp if prefix else bare).encode(text)
 
     def _read_tokenizer_json(self, contents, given, config):
         try:
@@ -997,11 +1001,12 @@ class Tokenizer:
                     end = stop
             return [part for part in [*parts, text[end:]] if part != ""]
 
-        def raw(text):
+        def raw(text, prefix):
             tk.encode_special_tokens = True  # text does not become a special token
-            return tk.encode(text, add_special_tokens=False).ids
+            lead = "" if prefix or self.prefix == "never" else WORDS  # it takes the space, and is cut off
+            ids, before = (tk.encode(part, add_special_tokens=False).ids for part in (lead + text, lead))
+            return ids[len(before):]
         self._cut, self._raw, self._decode = cut, raw, tk.decode
-        self._lead = "" if self.prefix == "never" else WORDS
 
     # ---- the chat template
 
@@ -1060,9 +1065,10 @@ class Tokenizer:
                         if token.get("special") or token["id"] in used}
         # A text that spells a control token is cut after its first character, so that it stays text.
         self._spelled = {i: self._encode([text[:1]], False) + self._encode([text[1:]], False)
-                         for text, i in self.control.items() if self._encode([text], False) == [i]}
+                         for text, i in self.control.items()
+                         if [i] in (self._encode([text], False), self._encode([text], True))}
         words = {text: token for text, token in self.added.items()
-                 if text not in self.control and token["id"] >= self.size}
+                 if text not in self.control and self.size <= token["id"] < config.vocab_size}
         self._words = splitter(words if self.path.suffix == ".model" else {})  # tokenizers cuts itself
 
         # The paper's code encodes the answer separately; in the checkpoint's template it continues the prompt.
@@ -1077,8 +1083,10 @@ class Tokenizer:
             answer = answer._replace(right="", after=[self.eos])
         self._answer, self.end_of_turn = answer._replace(after=answer.after[:1]), answer.after[0]
         self.stop = {self.end_of_turn, *self._listed} | ({self.eos} - {None})
-        # Named tokens, such as pad_token, need no embedding unless they are used.
-        listed = [token["id"] for text, token in self.added.items() if text not in self.named.values()]
+        # Named tokens, such as pad_token, need no embedding unless they are used; neither do words that are
+        # added beside SentencePiece: without one they are ordinary text.
+        listed = [token["id"] for text, token in self.added.items() if text not in self.named.values()
+                  and (token.get("special") or self.path.suffix == ".json")]
         needed = 1 + max(self.size - 1, self.end_of_turn, *used, *listed)
         if needed > config.vocab_size:
             raise UserError(f"{self.path}: has {needed} tokens, the model {config.vocab_size}; they do not "
@@ -1106,8 +1114,7 @@ class Tokenizer:
         """Ids of texts and ids. prefix: the tokenizer may put a space before a text at the start."""
         ids = []
         for part in parts:
-            lead = "" if prefix else self._lead  # takes the tokenizer's space, and is cut off
-            ids += [part] if isinstance(part, int) else self._raw(lead + part)[len(self._raw(lead)):]
+            ids += [part] if isinstance(part, int) else self._raw(part, prefix)
             prefix = self.prefix == "always"
         return ids
 
@@ -1139,7 +1146,9 @@ class Tokenizer:
 
     def save(self, folder):
         """Write the chat template and end of turn into a folder, for transformers and vLLM."""
-        settings = dict(self.settings or self.named)
+        texts = {token["id"]: text for text, token in self.added.items()}
+        ids = {"bos_token": self.bos, "eos_token": self.eos}
+        settings = dict(self.settings) or {key: texts[i] for key, i in ids.items() if i in texts}
         if self.prefix != "never":  # transformers 4 and 5 have different defaults
             settings["legacy"] = self.prefix == "always"
         settings["chat_template"] = self.jinja
@@ -1185,7 +1194,8 @@ def run_script(main):
         # Skip the interpreter's shutdown: gloo's threads outlive the process group, and one that frees a
         # tensor during the shutdown aborts the process.
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with suppress(OSError):
+                stream.flush()
         os._exit(code or 0)
     if code:
         sys.exit(code)
@@ -1405,8 +1415,8 @@ def write_text(path, text):
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        if target.exists() and not target.is_file():
-            target.write_bytes(content)
+        if Path(path).exists() and not Path(path).is_file():  # not the real path: a pipe has none
+            Path(path).write_bytes(content)
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)

@@ -411,7 +411,8 @@ def claim(setup, until_exit):
         raise UserError(f"{out}: in use by {user}; wait for it, or give another --out") from None
     except (OSError, ImportError):  # a file system without locks; Windows
         setup.dist.print0(f"{out}: cannot be locked; do not start a second run with this --out")
-    if (out / INDEX_FILE).exists():  # a complete model: the index is written last and removed first
+    # A complete model has an index, written last and removed first; saving.tmp: a run died before it replaced it.
+    if (out / INDEX_FILE).exists() and not (out / "saving.tmp").exists():
         existing = Config.read(out).cctuning
         if args.resume and existing.get("run") == digest(setup.run_info):
             return True
@@ -824,8 +825,9 @@ def main():
     def stop(number, frame):
         stop_signals.append(number)
         signal.signal(number, default[number])
-        if process_ranks()[0] == 0:  # not print: the signal may come while it is printing
-            os.write(2, b"signal received: finishing this step or the run; a second one ends it at once\n")
+        with contextlib.suppress(OSError):  # the reader may have gone (| tee)
+            if process_ranks()[0] == 0:  # not print: the signal may come while it is printing
+                os.write(2, b"signal received: finishing this step or the run; a second one ends it at once\n")
 
     with contextlib.ExitStack() as until_exit:
         for number in default:

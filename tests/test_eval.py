@@ -41,7 +41,7 @@ CHOICES = [  # (options, their texts, [(language, answer, what it names)])
         ("en", "A degree is a number", None), ("en", "Absolutely", None),
         ("en", "The answer is D", "D"), ("en", "A or B", None), ("en", "A) and B)", None),
         ("en", "The field has no degree", "D"), ("en", "DNA", None), ("en", "E", None),
-        ("en", "A) 4", None), ("en", "**A** because", "A"),
+        ("en", "A) 4", None), ("en", "**A** because", "A"), ("en", "The option B is not wrong", "B"),
     ]),
     ("123", {}, [
         ("ar", "١", "1"), ("ar", "الجواب: ٢", "2"), ("ar", "(٣) يتناقض", "3"), ("ar", "١ أو ٢", None),
@@ -130,7 +130,7 @@ def test_choice_as_a_reader():
     ("ar", "١٩٩٩", "1999", 1, 1, 1), ("en", "308\u200b", "308", 1, 1, 1),
     ("tr", "İstanbul", "istanbul", 1, 1, 1), ("tr", "ISPARTA", "ısparta", 1, 1, 1),
     ("ja", "3", "3.0", 1, 1, 1), ("ja", "3.0", "3.0", 1, 1, 1), ("ja", "30", "3.0", 0, 0, 0),
-    ("ko", "서울 특별시", "서울", 1, 0, 2 / 3),
+    ("ko", "서울 특별시", "서울", 1, 0, 2 / 3), ("en", "It is OBrien, I think", "O'Brien", 1, 0, 1 / 3),
     ("pt", "O Brasil", "Brasil", 1, 1, 1), ("en", "", "x", 0, 0, 0),
 ])
 def test_open_scores(lang, answer, gold, contained, exact, f1):
@@ -668,7 +668,10 @@ def test_answers_are_kept(score, run, tmp_path, monkeypatch):
     write_task(tmp_path / "bench", "XNLI", "sw", [("mbili?", "2"), ("moja?", "2")])  # other prompts, as many
     code, _, err = run("eval", "--model", "model", "--data", "bench", "--out", tmp_path / "scores", "--rescore")
     assert code == 2 and "sw.jsonl: does not hold answers to these 2 prompts" in err
+    write_parrot(tmp_path / "other", {"?": "1"})
+    assert run("eval", "--model", "other", "--data", "bench", "--out", tmp_path / "scores")[0] == 0  # to these prompts
     write_task(tmp_path / "bench", "XNLI", "sw", [("moja?", "2"), ("mbili?", "2")])
+    assert answered("--rescore") == []
     path.write_text(path.read_text().replace('"answer"', '"reply"'))  # by another program
     code, _, err = run("eval", "--model", "model", "--data", "bench", "--out", tmp_path / "scores", "--rescore")
     assert code == 2 and "sw.jsonl: does not hold answers" in err

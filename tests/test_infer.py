@@ -365,7 +365,8 @@ def test_files(tmp_path, run, ask):
 def test_streams_by_name(tmp_path):
     """Catches - taken for the name of a file, and an error that does not name the output."""
     folder = write_parrot(tmp_path / "model", {"Nini?": "hivi"})
-    for output, shown in (("-", '{"instruction": "Nini?", "answer": "hivi"}\n'), ("/dev/full", "")):
+    line = '{"instruction": "Nini?", "answer": "hivi"}\n'
+    for output, shown in (("-", line), ("/dev/stdout", line), ("/dev/full", "")):
         command = [sys.executable, ROOT / "infer.py", "--model", folder, "--input", "-", "--output", output]
         done = subprocess.run(command, input='{"instruction": "Nini?"}', capture_output=True, text=True, cwd=tmp_path)
         assert done.stdout == shown and not (tmp_path / "-").exists()

@@ -199,6 +199,19 @@ def test_killed_while_the_result_is_saved(runs, run, ran, tmp_path, monkeypatch)
         assert code == 0 and "resumed after step 12" in said and same(runs.whole, folder), err
 
 
+def test_killed_before_the_old_model_is_replaced(runs, run, go_on, tmp_path):
+    """Catches --resume refused, or the old model taken for the result, where a run died while it wrote its result
+    beside an old model."""
+    for path in runs.whole.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path / "out")
+    code, _, err = go_on(seed=2)
+    assert code == 2 and "--overwrite" in err
+    (tmp_path / "out" / "saving.tmp").mkdir()
+    code, said, err = go_on()
+    assert code == 0 and "resumed after step" in said and same(runs.whole, tmp_path / "out"), err
+
+
 def test_killed_twice_while_the_result_is_saved(runs, ran, tmp_path):
     """Catches a result without its last file, the index, taken for finished: a run that died while moving the
     files into place, then again after it had removed its staging folder."""
@@ -249,6 +262,16 @@ def test_signals(runs, run, tmp_path, capfd, number, default):
     assert code == 128 + number and "stopped after step" in said
     assert during == [default] and signal.getsignal(number) == before
     assert capfd.readouterr().err.count("signal received") == 1
+
+
+def test_a_signal_after_the_terminal_has_gone(runs, run, stop_at, tmp_path, monkeypatch):
+    """Catches a run that loses its work when stderr cannot be written (| tee, which the same Ctrl-C ends)."""
+    def broken(*_):
+        raise BrokenPipeError
+    monkeypatch.setattr(os, "write", broken)
+    stop_at(2)
+    code, said, _ = run(*command(runs.model, runs.data, tmp_path / "out"))
+    assert code == 128 + signal.SIGTERM and "stopped after step 2" in said
 
 
 def test_another_spelling_of_the_paths(runs, go_on, tmp_path, monkeypatch):

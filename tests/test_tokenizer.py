@@ -1,4 +1,5 @@
 """Chat templates, control tokens, BOS, EOS, and the connection position."""
+import io
 import json
 import shutil
 
@@ -224,3 +225,34 @@ def test_tokens_added_to_a_sentencepiece_vocabulary(tmp_path):
     assert t.control["<|im_start|>"] == size and "word" not in t.control and "x" not in t.control
     assert spelt(t, t.prompt(NASTY)) == EXPECTED["chatml"].replace("{x}", NASTY)
     assert t.decode([size, size + 1, size + 2, *t.encode("jibu")]) == "wordjibu"
+
+
+def test_words_without_an_embedding(tmp_path):
+    """Catches a checkpoint refused for a word that its files add and that nothing uses."""
+    folder = write_checkpoint(tmp_path / "model")
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    rewritten(folder, added_tokens={"<pad>": size})
+    t = open_tokenizer(folder)
+    assert max(t.prompt("a <pad> b")) < size and t.decode(t.encode("a <pad> b")) == "a <pad> b"
+
+
+def test_names_of_special_tokens_are_saved(tmp_path, checkpoint):
+    """Catches a result whose EOS transformers does not know, where only config.json names it."""
+    pytest.importorskip("tokenizers", reason=NEEDED)
+    folder = shutil.copytree(checkpoint("plain", "json"), tmp_path / "model")
+    rewritten(folder, config={"eos_token_id": 2}, tokenizer_config=None)
+    open_tokenizer(folder).save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+
+
+def test_unknown_characters(tmp_path):
+    """Catches a first character that is lost where the vocabulary has no bytes for it."""
+    folder, model = write_checkpoint(tmp_path / "model"), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["na wa ya " * 20]), model_writer=model, model_type="bpe", vocab_size=20,
+        hard_vocab_limit=False, minloglevel=2)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    for legacy, before in ((False, 0), (True, 1)):
+        rewritten(folder, tokenizer_config={"legacy": legacy})
+        ids = open_tokenizer(folder).encode("\u2603", prefix=legacy)
+        assert ids[before:] == [0], (legacy, ids)
