@@ -203,9 +203,10 @@ def give_answers(engine, path, task, items, args, dist):
         answers = engine.answer_all(prompts, args.batch_size, max_new_tokens, progress=progress,
                                     rank=dist.rank, world_size=dist.world_size)
     answers = [next(filter(None, of_ranks)) for of_ranks in zip(*dist.gather(answers), strict=True)]
-    return [{"digest": wanted, "prompts": digest(texts), "item": n, "answer": engine.tokenizer.decode(answer.ids),
-             "tokens": len(answer.ids), "truncated": len(answer.ids) >= max_new_tokens,
-             "shortened": fitting[n] != items[n], "layer": answer.layer,
+    return [{"digest": wanted, "prompts": digest(texts), "item": n,
+             "answer": engine.tokenizer.decode(answer.ids), "tokens": len(answer.ids),
+             "truncated": len(answer.ids) >= max_new_tokens, "shortened": fitting[n] != items[n],
+             "layer": answer.layer,
              "likelihood": {option: round(value, 4) for option, value in (answer.likelihood or {}).items()},
              "layers": engine.config.num_hidden_layers} for n, answer in enumerate(answers)]
 

@@ -1054,8 +1054,8 @@ class Tokenizer:
             raise UserError(f"{self.folder}: its chat template fails ({error}); correct it, or give "
                             "--template NAME") from None
         if prompt.count(WORDS) != 1 or dialogue.count(ANSWER) > 1:
-            raise UserError(f"{self.folder}: its chat template contains the prompt {prompt.count(WORDS)} "
-                            f"times, the answer {dialogue.count(ANSWER)} times; give --template NAME")
+            raise UserError(f"{self.folder}: its chat template has the prompt {prompt.count(WORDS)} times, "
+                            f"the answer {dialogue.count(ANSWER)} times; give --template NAME")
         before, _, after = dialogue.partition(ANSWER)
         # Thinking templates render an old answer without the block that the prompt ends with.
         between = before[len(prompt):] if before.startswith(prompt) else ""
@@ -1071,7 +1071,7 @@ class Tokenizer:
                  if text not in self.control and self.size <= token["id"] < config.vocab_size}
         self._words = splitter(words if self.path.suffix == ".model" else {})  # tokenizers cuts itself
 
-        # The paper's code encodes the answer separately; in the checkpoint's template it continues the prompt.
+        # The paper's code encodes the answer separately; in a checkpoint's template it continues the prompt.
         apart = self.template != "own" or (self.prefix == "always" and isinstance(parts[-1], int))
         self._prompt = self._turn(parts, WORDS, self.prefix != "never", [
             self._cut(render(words)) == parts for words in (" " + WORDS, WORDS + " ")])
@@ -1083,8 +1083,7 @@ class Tokenizer:
             answer = answer._replace(right="", after=[self.eos])
         self._answer, self.end_of_turn = answer._replace(after=answer.after[:1]), answer.after[0]
         self.stop = {self.end_of_turn, *self._listed} | ({self.eos} - {None})
-        # Named tokens, such as pad_token, need no embedding unless they are used; neither do words that are
-        # added beside SentencePiece: without one they are ordinary text.
+        # Named tokens (pad_token) and words beside SentencePiece need no embedding unless they are used.
         listed = [token["id"] for text, token in self.added.items() if text not in self.named.values()
                   and (token.get("special") or self.path.suffix == ".json")]
         needed = 1 + max(self.size - 1, self.end_of_turn, *used, *listed)

@@ -365,7 +365,8 @@ class Setup:
             for path in (args.data, args.eval_data))
         if args.method == "cc" and all(s.is_english for s in self.samples):
             raise UserError(f"{args.data}: every sample is English (by lang, or instruction equals "
-                            "instruction_en), the Transform Matrix needs others; add some, or give --method sft")
+                            "instruction_en), the Transform Matrix needs others; add some, or give "
+                            "--method sft")
         self.steps = [(epoch, numbers) for epoch in range(args.epochs)  # numbers: of the samples of a step
                       for numbers in make_batches(self.samples, args.batch_size, args.seed, epoch)]
         args.dtype = args.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32")
@@ -411,7 +412,7 @@ def claim(setup, until_exit):
         raise UserError(f"{out}: in use by {user}; wait for it, or give another --out") from None
     except (OSError, ImportError):  # a file system without locks; Windows
         setup.dist.print0(f"{out}: cannot be locked; do not start a second run with this --out")
-    # A complete model has an index, written last and removed first; saving.tmp: a run died before it replaced it.
+    # A complete model has an index, written last and removed first. saving.tmp: a run died before that.
     if (out / INDEX_FILE).exists() and not (out / "saving.tmp").exists():
         existing = Config.read(out).cctuning
         if args.resume and existing.get("run") == digest(setup.run_info):
@@ -827,7 +828,7 @@ def main():
         signal.signal(number, default[number])
         with contextlib.suppress(OSError):  # the reader may have gone (| tee)
             if process_ranks()[0] == 0:  # not print: the signal may come while it is printing
-                os.write(2, b"signal received: finishing this step or the run; a second one ends it at once\n")
+                os.write(2, b"signal received: finishing this step or the run; another ends it at once\n")
 
     with contextlib.ExitStack() as until_exit:
         for number in default:
