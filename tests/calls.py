@@ -9,8 +9,8 @@ import torch.distributed
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cctuning import Batch, CCTuning, TransformMatrix, load_cctuning
-from model import Config, Fusion, KVCache, Transformer, load_weights
+from cctuning import Batch, CCTuning, Fusion, TransformMatrix, load_cctuning, select_positions
+from model import Config, KVCache, Transformer, load_weights
 
 DEVICE = "cpu"  # gpu.py sets another
 
@@ -46,7 +46,8 @@ def activations(cc, ids, position):
 def choose(cc, activations, ids, position, noise=None):
     """The vector (B, d) that the Decision Maker takes from H (L, B, d), and its scores (B, L) before the
     noise."""
-    return cc.pick(activations, ids, cc.lm.embed(ids), position, noise)
+    embedding = select_positions(cc.lm.embed(ids), position)
+    return cc.decision_maker(activations, embedding, noise)
 
 
 def loss(cc, ids, labels, position, english_ids, english_position, connection="english", **options):
