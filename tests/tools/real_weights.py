@@ -1,11 +1,9 @@
-"""Checks on real checkpoints, run by hand (they are too large to ship):
+"""Checks on real checkpoints, too large to ship: run by hand. Each runs where its variables are set.
 
-    MODEL=DIR DATA=FILE python -m pytest tests/real_weights.py -s  # greedy answers equal to transformers',
-                                                                   # memory of two processes against one
-    MODEL=DIR python -m pytest tests/real_weights.py        # the continuations in DIR/expected.json
-    TOKENIZERS=DIR python -m pytest tests/real_weights.py   # the prompts in DIR/expected.json
-
-Each runs where its variables are set.
+    MODEL=DIR DATA=FILE python -m pytest tests/tools/real_weights.py -s  # answers equal to transformers',
+                                                                         # memory of two processes
+    MODEL=DIR python -m pytest tests/tools/real_weights.py        # the continuations in DIR/expected.json
+    TOKENIZERS=DIR python -m pytest tests/tools/real_weights.py   # the prompts in DIR/expected.json
 """
 import json
 import os
@@ -17,21 +15,16 @@ import pytest
 import torch
 
 import calls
-from conftest import json_lines, launch
+from conftest import CONFIG, json_lines, launch
 from model import Config, Tokenizer
 
-MODEL, DATA, TOKENIZERS = (os.environ.get(name) and Path(os.environ[name])
-                           for name in ("MODEL", "DATA", "TOKENIZERS"))
-needs_both = pytest.mark.skipif(not (MODEL and DATA),
-                                reason="real weights are too large to ship: set MODEL and DATA")
-needs_expected = pytest.mark.skipif(not (MODEL and (MODEL / "expected.json").exists()),
-                                    reason="set MODEL to a folder with an expected.json")
+MODEL, DATA, TOKENIZERS = [Path(os.environ.get(name, "/nowhere")) for name in ("MODEL", "DATA", "TOKENIZERS")]
+needs_both = pytest.mark.skipif(not (MODEL.exists() and DATA.exists()), reason="set MODEL and DATA")
 
 
 @needs_both
 def test_answers_as_transformers(tmp_path, ran, capsys):
-    """Four prompts in each of five languages, 32 greedy tokens in float32: ours in one batch, theirs one
-    by one."""
+    """Four prompts in five languages, 32 greedy tokens in float32: ours in one batch, theirs one by one."""
     import transformers
     by_language = {}
     for record in json_lines(DATA):
@@ -81,31 +74,27 @@ def test_two_processes_share_the_memory(tmp_path, capsys, monkeypatch):
     assert peaks[2] < 0.7 * peaks[1]
 
 
-@needs_expected
+@pytest.mark.skipif(not (MODEL / "expected.json").exists(), reason="set MODEL; it needs an expected.json")
 @torch.no_grad()
 def test_expected_continuations():
     """Greedy tokens from BOS and a prompt without template, and their text."""
-    cc, tokenizer = calls.open_model(MODEL), Tokenizer(MODEL, Config.read(MODEL))
+    cc, config = calls.open_model(MODEL), Config.read(MODEL)
+    tokenizer = Tokenizer(MODEL, config)
     for case in json.loads((MODEL / "expected.json").read_text())["cases"]:
-        ids = [tokenizer.bos, *(tokenizer.encode(case["prompt"]) if case["prompt"] else [])]
+        ids = [config.bos_token_id, *(tokenizer.encode(case["prompt"]) if case["prompt"] else [])]
         count = len(case["ids"]) - len(ids)
-        _, _, found = calls.answer(cc, torch.tensor([ids]), torch.tensor([len(ids)]), count)
-        ids += found[0].tolist()
+        ids += calls.answer(cc, torch.tensor([ids]), torch.tensor([len(ids)]), count)[2][0].tolist()
         assert ids == case["ids"] and tokenizer.decode(ids) == case["text"]
 
 
-@pytest.mark.skipif(not TOKENIZERS, reason="real tokenizers are too large to ship: set TOKENIZERS")
+@pytest.mark.skipif(not TOKENIZERS.exists(), reason="set TOKENIZERS")
 def test_templates(tmp_path):
     """Ids, connection position and end of turn of every expected prompt."""
-    tokenizers = {}
     for case in json.loads((TOKENIZERS / "expected.json").read_text()):
-        name, template = case["tokenizer"], case["template"]
-        if name not in tokenizers:
-            folder = shutil.copytree(TOKENIZERS / name, tmp_path / name)
-            (folder / "config.json").write_text(json.dumps({
-                "model_type": "llama", "vocab_size": 200000, "hidden_size": 8, "intermediate_size": 8,
-                "num_hidden_layers": 1, "num_attention_heads": 1}))
-            tokenizers[name] = Tokenizer(folder, Config.read(folder), template)
-        t = tokenizers[name]
-        assert t.template == template and t.prompt(case["text"]) == case["ids"], case
+        folder = tmp_path / case["tokenizer"]
+        if not folder.exists():
+            shutil.copytree(TOKENIZERS / case["tokenizer"], folder)
+            (folder / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 200000}))
+            t = Tokenizer(folder, Config.read(folder), case["template"])
+        assert t.template == case["template"] and t.prompt(case["text"]) == case["ids"], case
         assert (t.connection_index, t.end_of_turn) == (case["connection_index"], case["end_of_turn"])
