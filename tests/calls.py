@@ -1,8 +1,6 @@
-"""All calls that tests make to the model itself, in one place. Other tests go through the scripts and
-their files.
+"""All calls that tests make to the model itself; other tests go through the scripts and their files.
 
-Shapes are those of cctuning.py: B prompts, T tokens, L layers, d hidden size, V vocabulary. Prompts are
-right-padded.
+Symbols as in cctuning.py: B prompts, right-padded to T tokens, L layers, d hidden size, V vocabulary.
 """
 import torch
 import torch.distributed
@@ -12,7 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from cctuning import Batch, CCTuning, Fusion, TransformMatrix, load_cctuning, select_positions
 from model import Config, KVCache, Transformer, load_weights
 
-DEVICE = "cpu"  # gpu.py sets another
+DEVICE = "cpu"  # tools/gpu.py sets another
 
 
 def open_model(folder, decision_maker=None, matrix=None):
@@ -44,8 +42,7 @@ def activations(cc, ids, position):
 
 
 def choose(cc, activations, ids, position, noise=None):
-    """The vector (B, d) that the Decision Maker takes from H (L, B, d), and its scores (B, L) before the
-    noise."""
+    """The Decision Maker's vector (B, d) of H (L, B, d), and its scores (B, L), without noise."""
     embedding = select_positions(cc.lm.embed(ids), position)
     return cc.decision_maker(activations, embedding, noise)
 
@@ -56,11 +53,9 @@ def loss(cc, ids, labels, position, english_ids, english_position, connection="e
 
 
 def answer(cc, ids, lengths, count, index=-1, connection="none", english=None):
-    """The logits (B, V) that follow the prompts, the scores (B, L) or None, and `count` greedy ids (B,
-    count).
+    """Next-token logits (B, V) of the prompts, the scores (B, L) or None, and greedy ids (B, count).
 
-    index: the connection position, counted from a prompt's end.  english: ids and lengths of the English
-    prompts. No id ends an answer.
+    index: the connection position, from a prompt's end.  english: (ids, lengths) of English prompts.
     """
     cache, tokens = KVCache(cc.lm.config, len(ids), ids.shape[1] + count, torch.float32, DEVICE), []
     first, scores = cc.prefill(ids, lengths, index, cache, connection, english)
@@ -74,12 +69,12 @@ def answer(cc, ids, lengths, count, index=-1, connection="none", english=None):
 
 
 def transform(matrix, activations):
-    """H W of H (L, B, d), as answering computes it."""
+    """H W of H (L, B, d)."""
     return TransformMatrix(matrix)(activations)
 
 
 def fit(x, y, ridge=0.0, batch=7):
-    """The Transform Matrix (d, d) from X and Y (L, N, d), taken in batch by batch as training does."""
+    """The Transform Matrix (d, d) of X and Y (L, N, d), added batch by batch as in training."""
     matrix = TransformMatrix()
     for part in torch.arange(x.shape[1]).split(batch):
         matrix.add(x[:, part], y[:, part])
@@ -94,7 +89,7 @@ def r_squared(matrix, x, y):
 
 @torch.no_grad()
 def read_rows(folder, world, rank):
-    """{name: the rows that this one of several processes reads} of every parameter."""
+    """{parameter: the rows that this rank reads of a sharded model}."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         with torch.device("meta"):

@@ -1,9 +1,31 @@
-"""What the tests share: tiny checkpoints with real tokenizers, made on the fly, and ways to run the scripts on them.
+"""What all tests share: tiny checkpoints with real tokenizers, and ways to run the scripts on them.
 
-Every test has explicit seeds and runs in float32 unless it says otherwise. Those marked slow are left out unless asked
-for: python -m pytest -m slow
+    file                  what it holds
+    test_cctuning.py      the method: a step worked by hand (start here), then against reference.py and a peer
+    reference.py          the method once more, as plainly as possible, without any code of the project
+    test_golden.py        numbers computed by transformers, in golden/: logits, losses, matrices, templates
+    test_model.py         the decoder, its configuration, loading and saving weights
+    test_tokenizer.py     tokenizers, chat templates, connection position
+    test_train.py         train.py: data, steps, validation, the matrix fit, what is printed and saved
+    test_distributed.py   several processes against one
+    test_io.py            --out, resuming, kills and bad input: what a user sees when something is wrong
+    test_infer.py         infer.py: decoding, sampling, batches, input and output
+    test_eval.py          eval.py: parsing of answers, metrics, likelihoods, intervals, tables
+    test_data.py          the built-in data, and data/README.md's converter
+    test_readme.py        README.md's table, options, links and recipes
+    conftest.py           this file: files to test on, running the scripts, reading what they wrote
+    calls.py              all calls that tests make to the model itself
+    answers.json          answers of real models and the option that each names, for test_eval.py
+    tools/                run by hand; each file's first lines say what for
+
+Every test has explicit seeds and runs in float32 unless it says otherwise.
+
+    python -m pytest -q                # quick tests; the six packages are enough
+    python -m pytest -q -m optional    # those that need another package: transformers, tokenizers, ...
+    python -m pytest -q -m slow        # several processes, or more than a few seconds
 """
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -15,7 +37,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads would only wait for one another
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact equality holds on CPUs; gpu.py is for GPUs
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact equality holds on CPUs; tools/gpu.py is for GPUs
 
 import numpy as np
 import pytest
@@ -27,41 +49,43 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from model import Config, Transformer, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = ["What is the capital of Kenya?", "Nini mji mkuu wa Kenya?",
-        "The capital of Kenya is Nairobi.", "Mji mkuu wa Kenya ni Nairobi.",
-        "two plus three makes five", "mbili na tatu ni tano",
-        "Wie heißt die Hauptstadt von Kenia?", "भारत की राजधानी क्या है?",
-        "user and assistant, system and helpful", "You are a helpful assistant.",
-        "INST eot_id im_start im_end header_id"] * 4
-CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 48,
-          "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-          "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
-          "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"}
-PAIRS = [("Nini mji mkuu wa Kenya?", "What is the capital of Kenya?", "Nairobi", "sw"),
-         ("mbili na tatu?", "two plus three?", "five, for two and three make five and nothing else", "sw"),
-         ("Wie heißt die Hauptstadt von Kenia?", "What is the capital of Kenya?", "Nairobi is the capital", "de"),
-         ("भारत की राजधानी क्या है?", "What is the capital of India?", "New Delhi", "hi"),
-         ("What is the capital of Kenya?", "What is the capital of Kenya?", "It is Nairobi", "en"),
-         ("tatu na tatu ni ngapi, na mbili na mbili?", "three plus three?", "six", "sw")]
-SPECIAL_TOKENS = {"llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-                  "chatml": ("<|im_start|>", "<|im_end|>"), "mistral": ("[INST]", "[/INST]"), "llama2": (), "plain": ()}
+TEXT = ["What is the capital of Kenya?", "Nini mji mkuu wa Kenya?", "The capital of Kenya is Nairobi.",
+        "Mji mkuu wa Kenya ni Nairobi.", "two plus three makes five", "mbili na tatu ni tano",
+        "Wie heißt die Hauptstadt von Kenia?", "भारत की राजधानी क्या है?", "You are a helpful assistant.",
+        "user and assistant, system and helpful", "INST eot_id im_start im_end header_id"] * 4
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 48,
+    "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"}
+PAIRS = [  # instruction, instruction_en, output, lang
+    ("Nini mji mkuu wa Kenya?", "What is the capital of Kenya?", "Nairobi", "sw"),
+    ("mbili na tatu?", "two plus three?", "five, for two and three make five and nothing else", "sw"),
+    ("Wie heißt die Hauptstadt von Kenia?", "What is the capital of Kenya?", "Nairobi is the capital", "de"),
+    ("भारत की राजधानी क्या है?", "What is the capital of India?", "New Delhi", "hi"),
+    ("What is the capital of Kenya?", "What is the capital of Kenya?", "It is Nairobi", "en"),
+    ("tatu na tatu ni ngapi, na mbili na mbili?", "three plus three?", "six", "sw")]
 UNEVEN = (PAIRS * 3)[:13]  # with --batch_size 6, an epoch of steps of 6, 6 and 1
+SPECIAL_TOKENS = {  # by template
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"), "mistral": ("[INST]", "[/INST]"), "llama2": (), "plain": ()}
 
 
-# -------------------------------------------------------------------------------------------------- things to test on
+# --------------------------------------------------------------------------------- files to test on
 
 def sentencepiece_model(path, control=(), whole=()):
-    """whole: texts that are one piece each."""
+    """Write a tokenizer.model. control: its control tokens.  whole: texts that are one piece each."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_writer=model, model_type="bpe", vocab_size=400 + len(whole),
-        hard_vocab_limit=False, byte_fallback=True, control_symbols=list(control), normalization_rule_name="identity",
-        user_defined_symbols=[text.replace(" ", "\u2581") for text in whole],
-        remove_extra_whitespaces=False, minloglevel=2)
+        sentence_iterator=iter(TEXT), model_writer=model, model_type="bpe",
+        vocab_size=400 + len(whole), hard_vocab_limit=False, byte_fallback=True,
+        control_symbols=list(control), user_defined_symbols=[text.replace(" ", "\u2581") for text in whole],
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
     path.write_bytes(model.getvalue())
 
 
 def tokenizer_json(folder, control=(), bos="<s>"):
+    """Write a tokenizer.json. The tests that call it are marked optional."""
     pytest.importorskip("tokenizers", reason="optional package: only tokenizer.json needs it")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tk = Tokenizer(models.BPE())
@@ -74,15 +98,16 @@ def tokenizer_json(folder, control=(), bos="<s>"):
 
 
 def write_checkpoint(folder, template="plain", kind="sentencepiece", seed=0, **changes):
-    """A Hugging Face folder of random weights whose tokenizer carries the template's control tokens."""
+    """A Hugging Face folder of random weights, whose tokenizer has the template's control tokens.
+
+    kind: "sentencepiece", or "tokenizers" in a test marked optional.  changes: of config.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
-    generator = torch.Generator().manual_seed(seed)
-    model = Transformer(Config.read(folder))
-    for name, p in model.named_parameters():
+    generator, weights = torch.Generator().manual_seed(seed), {}
+    for name, p in Transformer(Config.read(folder)).named_parameters():
         noise = torch.randn(p.shape, generator=generator)
-        p.data = noise * (0.1 if p.dim() == 1 else 0.15) + (1.0 if "norm" in name else 0.0)
-    weights = {name: p.data for name, p in model.named_parameters()}
+        weights[name] = noise * (0.1 if p.dim() == 1 else 0.15) + (1.0 if "norm" in name else 0.0)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if kind == "sentencepiece":
         sentencepiece_model(folder / "tokenizer.model", SPECIAL_TOKENS[template])
@@ -92,11 +117,10 @@ def write_checkpoint(folder, template="plain", kind="sentencepiece", seed=0, **c
 
 
 def write_connection(folder, seed=1):
-    """A Decision Maker and a matrix beside a checkpoint's weights: untrained, but of a size that matters."""
-    generator = torch.Generator().manual_seed(seed)
-    config = json.loads((folder / "config.json").read_text())
-    width = config["hidden_size"]
-    save_file({"decision_maker.weight": torch.randn(config["num_hidden_layers"], width, generator=generator),
+    """Add a Decision Maker and a matrix to a checkpoint: untrained, but of a size that matters."""
+    generator, config = torch.Generator().manual_seed(seed), Config.read(folder)
+    layers, width = config.num_hidden_layers, config.hidden_size
+    save_file({"decision_maker.weight": torch.randn(layers, width, generator=generator),
                "transform_matrix": 5 * torch.randn(width, width, generator=generator)},
               folder / "cctuning.safetensors")
     return folder
@@ -105,7 +129,7 @@ def write_connection(folder, seed=1):
 def write_parrot(folder, says, **changes):
     """A checkpoint whose answers are known: attention and FFN add nothing, a token alone decides on the next.
 
-    says: {how a prompt ends: the answer}, which is a text, {text: its probability}, or a list of pieces in turn.
+    says: {how a prompt ends: a text, {text: its probability} or a list of these, in turn}.
     """
     after = {}  # {piece: {next piece: probability}}
     for ending, answer in says.items():
@@ -117,18 +141,19 @@ def write_parrot(folder, says, **changes):
                     after.setdefault(text, chances)
     width, size = 8 * (len(after) // 8 + 1), 512 + 2 * len(after)
     write_checkpoint(folder, num_hidden_layers=2, hidden_size=width, vocab_size=size, **changes)
-    sentencepiece_model(folder / "tokenizer.model", whole=[text for text in after if not text.startswith("<0x")])
+    sentencepiece_model(folder / "tokenizer.model", whole=[t for t in after if not t.startswith("<0x")])
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     weights = load_file(folder / "model.safetensors")
     for name in weights:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weights[name].zero_()
     weights["model.norm.weight"].fill_(width ** -0.5)  # undoes the norm of a vector with a single 1
-    embedding, head = weights["model.embed_tokens.weight"].zero_(), weights["lm_head.weight"].fill_(-50)
+    weights["model.embed_tokens.weight"].zero_()
+    weights["lm_head.weight"].fill_(-50)
     for i, (piece, chances) in enumerate(after.items()):
-        embedding[sp.piece_to_id(piece.replace(" ", "\u2581")), i] = 1
+        weights["model.embed_tokens.weight"][sp.piece_to_id(piece.replace(" ", "\u2581")), i] = 1
         for following, chance in chances.items():
-            head[sp.piece_to_id(following.replace(" ", "\u2581")), i] = np.log(chance)
+            weights["lm_head.weight"][sp.piece_to_id(following.replace(" ", "\u2581")), i] = np.log(chance)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -144,32 +169,34 @@ def write_data(path, pairs=PAIRS, repeat=1):
 def write_benchmark(folder, task="XNLI", langs=("en", "sw"), items=5, sample="_sample"):
     """Prompts and gold answers, in the layout of eval.py."""
     for lang in langs:
-        for kind, lines in (("split", [{"instruction": f"{lang} question {i}?"} for i in range(items)]),
-                            ("ans", [str(i % 3 + 1) for i in range(items)])):
-            (folder / task / (kind + sample)).mkdir(parents=True, exist_ok=True)
-            (folder / task / (kind + sample) / f"{lang}.json").write_text("\n".join(map(json.dumps, lines)))
+        values = {"split": [{"instruction": f"{lang} question {i}?"} for i in range(items)],
+                  "ans": [str(i % 3 + 1) for i in range(items)]}
+        for kind, lines in values.items():
+            path = folder / task / (kind + sample) / f"{lang}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(map(json.dumps, lines)))
     return folder
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """checkpoint(template, kind, **config changes): the folder, made once a session."""
-    made = {}
-
+    @functools.cache
     def make(template="plain", kind="sentencepiece", **changes):
-        key = (template, kind, *sorted(changes.items()))
-        if key not in made:
-            made[key] = write_checkpoint(tmp_path_factory.mktemp(template) / "model", template, kind, **changes)
-        return made[key]
+        folder = tmp_path_factory.mktemp(template) / "model"
+        return write_checkpoint(folder, template, kind, **changes)
     return make
 
 
-# ------------------------------------------------------------------------------------------------ running the scripts
+# ------------------------------------------------------------------------------ running the scripts
 
 def training(model, data, out, **options):
-    """A command line of train.py, for `run` and `launch`; True is an option without a value, False one not given."""
-    options = {"lr": 1e-2, "epochs": 2, "batch_size": 6, "micro_batch": 6, "matrix_prompts": 40, "dtype": "float32",
-               **options}
+    """A command line of train.py, for `run` and `launch`.
+
+    options: True is an option without a value, False one that is not given.
+    """
+    options = {"lr": 1e-2, "epochs": 2, "batch_size": 6, "micro_batch": 6, "matrix_prompts": 40,
+               "dtype": "float32", **options}
     flags = [f"--{name}" if value is True else f"--{name}={value}"
              for name, value in options.items() if value is not False]
     return ["train", "--model", model, "--data", data, "--out", out, *flags]
@@ -182,10 +209,11 @@ def run():
     Returns (exit code, stdout, stderr).
     """
     def call(script, *arguments):
-        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True) for _ in range(2))
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True)
+                    for _ in range(2))
         code = 0
-        with (mock.patch.object(sys, "argv", [f"{script}.py", *map(str, arguments)]), contextlib.redirect_stdout(out),
-              contextlib.redirect_stderr(err)):
+        with (mock.patch.object(sys, "argv", [f"{script}.py", *map(str, arguments)]),
+              contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
             try:
                 run_script(importlib.import_module(script).main)
             except SystemExit as stop:
@@ -206,7 +234,7 @@ def ran(run):
 
 @contextlib.contextmanager
 def reading():
-    """A list that fills with the ids that a model looks up in its embedding, call by call: what it really reads."""
+    """A list that fills with the ids that a model looks up in its embedding, call by call."""
     calls = []
 
     def look(module, given):
@@ -221,16 +249,14 @@ def reading():
 
 @pytest.fixture
 def stop_at():
-    """stop_at(step, signal): it comes as AdamW is about to take this step, the first being 1. The step is counted from
-    the call; a signal that has come does not come again."""
+    """stop_at(step, signal): send the signal once, as AdamW is about to take this step from now on."""
     hooks = []
 
     def arrange(step, number=signal.SIGTERM):
-        taken = []
+        countdown = iter(reversed(range(step)))
 
         def act(*_):
-            taken.append(step)
-            if len(taken) == step:
+            if next(countdown, None) == 0:
                 signal.raise_signal(number)
         hooks.append(register_optimizer_step_pre_hook(act))
     yield arrange
@@ -238,70 +264,64 @@ def stop_at():
         hook.remove()
 
 
-JOIN_ONCE = f"""
-import importlib, json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch.distributed as dist
-join, dist.destroy_process_group = dist.init_process_group, lambda: None
-dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)  # torchrun's store serves one meeting
-"""
-WORK = """
-for script, *arguments in json.load(open(sys.argv[1])):
-    sys.argv = [script + ".py", *arguments]
-    importlib.import_module(script).main()
-"""
-LEAVE = """
-sys.stdout.flush()
-__import__("os")._exit(0)  # as run_script does, and why
-"""
-
-
 def launch(folder, world, commands, before="", after="", timeout=200):
     """Run (script, *arguments) commands one after the other in `world` processes, started once.
 
     before, after: code for each process.
     """
-    (folder / "worker.py").write_text(JOIN_ONCE + before + WORK + after + LEAVE)
-    (folder / "commands.json").write_text(json.dumps([[str(a) for a in command] for command in commands]))
+    lines = [[str(argument) for argument in command] for command in commands]
+    (folder / "worker.py").write_text(f"""
+import importlib, os, sys
+import torch.distributed as dist
+sys.path.insert(0, {str(ROOT)!r})
+join, dist.destroy_process_group = dist.init_process_group, lambda: None
+# torchrun's store serves one meeting
+dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)
+{before}
+for script, *arguments in {lines!r}:
+    sys.argv = [script + ".py", *arguments]
+    importlib.import_module(script).main()
+{after}
+sys.stdout.flush()
+os._exit(0)  # as run_script does, and why
+""")
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
-         folder / "worker.py", folder / "commands.json"], capture_output=True, text=True, timeout=timeout)
+         folder / "worker.py"], capture_output=True, text=True, timeout=timeout)
 
 
 def at_step(step, action):
-    """Code for `launch`: of several processes the second does something as AdamW is about to take this step, the
-    first being 1."""
+    """Code for `launch`: rank 1 does something as AdamW is about to take this step, the first being 1."""
     return f"""
 import os, signal, time
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-taken = []
+countdown = iter(reversed(range({step})))
 def act(*_):
-    taken.append(1)
-    if len(taken) == {step} and os.environ["RANK"] == "1":
+    if next(countdown, None) == 0 and os.environ["RANK"] == "1":
         {action}
 register_optimizer_step_pre_hook(act)
 """
 
 
-# ------------------------------------------------------------------------------------------------ reading the results
+# ----------------------------------------------------------------------------- reading what they wrote
 
 def json_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def text_of(folder, ids):
-    """The text of ids of a SentencePiece checkpoint, without control tokens and ids that are no piece."""
+    """The text of ids, by a folder's tokenizer.model, without control tokens and ids without a piece."""
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     return sp.decode([i for i in ids if i < sp.get_piece_size() and not sp.is_control(i)])
 
 
 def results_of(folder):
-    """The scores that eval.py wrote, of each column, task and language."""
+    """The scores that eval.py wrote: an entry for each column, task and language."""
     return json.loads((folder / "results.json").read_text())["results"]
 
 
 def logged(folder, key):
-    """One number of each step that a run logged."""
+    """A number of each step that train.py logged."""
     return np.array([entry[key] for entry in json_lines(folder / "train_log.jsonl") if key in entry])
 
 
@@ -310,10 +330,12 @@ def losses(folder):
 
 
 def tensors(folder, files="*.safetensors"):
+    """{name: tensor} of a folder's weights, Decision Maker and matrix."""
     return {name: tensor for path in folder.glob(files) for name, tensor in load_file(path).items()}
 
 
 def worst_difference(a, b):
+    """The largest difference of two such dicts."""
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
 

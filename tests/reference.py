@@ -137,6 +137,11 @@ def gumbel(seed, step, sample, layers):
     return torch.tensor(noise, dtype=torch.float32)
 
 
+def random_layer(prompt, layers, seed=0):
+    """The layer that the ablation "random" takes outside training: drawn from the prompt's own ids."""
+    return int(np.random.default_rng((seed, *prompt)).gumbel(size=layers).argmax())
+
+
 def prompt_ids(folder, text, template="plain"):
     """(ids, connection position counted from their end, end of turn) of a prompt, for a SentencePiece
     checkpoint."""
