@@ -277,10 +277,10 @@ def reference_loss(folder, vector_of):
     return total / count
 
 
-@pytest.mark.parametrize("source, explained, vector_of", [
+@pytest.mark.parametrize("source, explained, vector_of", ids=["2", "mean", "random"], argvalues=[
     (2, "from layer 2 of 0-3; probabilities 0.00 0.00 1.00 0.00", lambda h, i, prompt: h[2]),
     ("mean", "mean of all layers", lambda h, i, prompt: h.mean(0)),
-    ("random", "from layer", lambda h, i, prompt: h[gumbel(3, 0, i, 4).argmax()])], ids=["2", "mean", "random"])
+    ("random", "from layer", lambda h, i, prompt: h[gumbel(3, 0, i, 4).argmax()])])
 def test_layer_ablations(connected, trained, ran, source, explained, vector_of):
     """Catches a layer chosen by the Decision Maker of the old model, one drawn for a whole batch, a choice
     lost when the matrix is fitted again, and a Decision Maker saved though it does not choose."""

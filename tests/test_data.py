@@ -1,5 +1,4 @@
-"""The embedded default in data/: what it is made of, and that nothing held out is in what a model is
-trained on."""
+"""The built-in data: what it is made of, and that nothing held out is in what a model is trained on."""
 import csv
 import importlib.util
 import json
@@ -15,12 +14,12 @@ DATA = ROOT / "data"
 spec = importlib.util.spec_from_file_location("make_default", DATA / "make_default.py")
 make_default = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_default)
-LANGS, QUESTIONS = make_default.LANGS, make_default.QUESTIONS
+LANGS = make_default.LANGS
 
 
 def territory(question, lang):
     """The territory that a question asks for."""
-    for template in QUESTIONS.values():
+    for template in make_default.QUESTIONS.values():
         before, after = template[lang].split("{x}")
         if question.startswith(before) and question.endswith(after):
             return question[len(before):len(question) - len(after)]
@@ -34,19 +33,16 @@ def held_out(part, lang):
     return [(question["instruction"], answer) for question, answer in zip(questions, answers, strict=True)]
 
 
-def test_every_line_has_all_fields_in_every_language():
+def test_every_fact_is_there_in_every_language():
     """Catches a name that CLDR lacks in a language, and a fact that is left out in one."""
     for part in ("train", "dev"):
         samples = json_lines(DATA / f"{part}.jsonl")
-        assert all(s.keys() == {"instruction", "output", "instruction_en", "lang"} for s in samples)
-        assert all(value.strip() for s in samples for value in s.values())
         assert [s["lang"] for s in samples] == list(LANGS) * (len(samples) // len(LANGS))
+        assert all(value.strip() for s in samples for value in s.values())
         english = {s["instruction"] for s in samples if s["lang"] == "en"}
         assert english == {s["instruction_en"] for s in samples} and len(samples) == len(LANGS) * len(english)
     for part in ("dev", "test"):
-        pairs = {lang: held_out(part, lang) for lang in LANGS}
-        assert len({len(found) for found in pairs.values()}) == 1
-        assert all(text.strip() for found in pairs.values() for pair in found for text in pair)
+        assert len({len(held_out(part, lang)) for lang in LANGS}) == 1
     dev = [(s["instruction"], s["output"]) for s in json_lines(DATA / "dev.jsonl")]
     assert sorted(dev) == sorted(pair for lang in LANGS for pair in held_out("dev", lang))
 
@@ -55,60 +51,43 @@ def test_train_dev_and_test_share_no_territory():
     """Catches a split by fact, which would show a territory's language and test its currency."""
     samples = json_lines(DATA / "train.jsonl")
     for lang in LANGS:
-        parts = [[s["instruction"] for s in samples if s["lang"] == lang],
-                 *([question for question, _ in held_out(part, lang)] for part in ("dev", "test"))]
-        asked = [{territory(question, lang) for question in part} for part in parts]
-        assert len(set.union(*asked)) == sum(map(len, asked)), lang
+        train = {territory(s["instruction"], lang) for s in samples if s["lang"] == lang}
+        dev, test = ({territory(question, lang) for question, _ in held_out(part, lang)}
+                     for part in ("dev", "test"))
+        assert train.isdisjoint(dev | test) and dev.isdisjoint(test), lang
 
 
-@pytest.fixture(scope="module")
-def corpus():
-    """(names, {part: facts}) that data/make_default.py makes of the CLDR."""
+@pytest.mark.optional
+def test_make_default(tmp_path):
+    """Catches files of data/ that were changed by hand, facts of a territory in two parts, and a question
+    of dev or test that a model has seen in another language than English."""
     pytest.importorskip("babel", reason="pip install babel==2.18.0")
     names, facts = make_default.read_cldr()
-    return names, make_default.split(facts)
+    parts = make_default.split(facts)
+    make_default.write_corpus(tmp_path, names, parts)
+    made = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.json*")]
+    assert len(made) == 2 + 4 * len(LANGS)
+    for path in made:
+        assert (tmp_path / path).read_bytes() == (DATA / path).read_bytes(), path
 
-
-def test_parts_share_no_territory(corpus):
-    """Catches facts of a territory in two parts, also in the base model's, and a part that is empty."""
-    territories = [{fact[0] for fact in part} for part in corpus[1].values()]
+    territories = [{fact[0] for fact in part} for part in parts.values()]
     assert len(set.union(*territories)) == sum(map(len, territories)) and all(territories)
-
-
-def test_what_is_held_out_was_seen_in_english_alone(corpus):
-    """Catches a base model, or training data, with a question of dev or test in another language than
-    English."""
-    text = make_default.base_text(*corpus)
-    english = set(text["english"])
-    seen = [line for kind in text.values() for line in kind if line not in english]
-    seen += [s["instruction"] for s in json_lines(DATA / "train.jsonl") if s["lang"] != "en"]
+    text = make_default.base_text(names, parts)
+    seen = {line for lines in text.values() for line in lines} - set(text["english"])
+    seen |= {s["instruction"] for s in json_lines(DATA / "train.jsonl") if s["lang"] != "en"}
     seen = "\n".join(seen)
     questions = [question for lang in set(LANGS) - {"en"} for part in ("dev", "test")
                  for question, _ in held_out(part, lang)]
     assert len(questions) > 1000 and not [question for question in questions if question in seen]
 
 
-def test_the_script_makes_the_files(corpus, tmp_path):
-    """Catches files of data/ that were changed by hand, or by another version of the script."""
-    make_default.write_corpus(tmp_path, *corpus)
-    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.json*"))
-    assert len(made) == 2 + 4 * len(LANGS)
-    for path in made:
-        assert (tmp_path / path).read_bytes() == (DATA / path).read_bytes(), path
-
-
-def test_the_tuned_model_is_of_the_default_run():
-    """Catches an embedded checkpoint without its matrix, or not made from data/base and data/train.jsonl."""
+def test_default_evaluation(tmp_path, ran):
+    """Catches a data/tuned of other data or without a matrix, scores that do not follow from the answers,
+    a model that has lost its English, and answers compared with the wrong line."""
     config = json.loads((DATA / "tuned" / "config.json").read_text())["cctuning"]
     made_with = {"model": "data/base", "data": "data/train.jsonl", "method": "cc", "epochs": 2}
     assert made_with.items() <= config["arguments"].items() and config["matrix"]["prompts"] == 1000
-
-
-def test_default_evaluation(tmp_path, run):
-    """Catches scores that do not follow from the answers, an English model that has lost its English, and
-    answers compared with the wrong line."""
-    code, _, err = run("eval", "--model", DATA / "tuned", "--langs=en,sw", "--limit=40", "--out", tmp_path)
-    assert code == 0, err
+    ran("eval", "--model", DATA / "tuned", "--langs=en,sw", "--limit=40", "--out", tmp_path)
     folder, = (tmp_path / "answers").iterdir()
     for result, least in zip(results_of(tmp_path), (35, 5), strict=True):
         gold = [answer for _, answer in held_out("test", result["lang"])[:40]]
@@ -120,20 +99,18 @@ def test_default_evaluation(tmp_path, run):
 def test_converter(tmp_path):
     """Catches a converter in data/README.md that does not run, or makes what train.py does not read."""
     code = (DATA / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    sample = {"instruction": "Habari, \"mji\"?\nNini?", "instruction_en": "What?", "output": "Jibu", "lang": "sw"}
+    own = "Habari, \"mji\"?\nNini?"
+    sample = {"instruction": own, "instruction_en": "What?", "output": "Jibu", "lang": "sw"}
     with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, sample)
-        writer.writeheader()
-        writer.writerow(sample)
-    aya = {"inputs": sample["instruction"], "targets": "Jibu", "language": "Swahili", "language_code": "swh"}
-    english = {"inputs": "What?", "targets": "This", "language_code": "eng"}
-    (tmp_path / "aya.jsonl").write_text(json.dumps(aya) + "\n" + json.dumps(english) + "\n")
-    made = {}
-    for name in ("a.csv", "aya.jsonl"):
-        run = subprocess.run([sys.executable, "-c", code, tmp_path / name], capture_output=True, text=True, check=True)
-        (tmp_path / "made.jsonl").write_text(run.stdout)
-        made[name] = [record.fields for record in read_records(tmp_path / "made.jsonl", ("instruction", "output"))]
-    assert made["a.csv"] == [sample]
-    assert made["aya.jsonl"] == [
-        {"instruction": sample["instruction"], "output": "Jibu", "lang": "swh"},
-        {"instruction": "What?", "instruction_en": "What?", "output": "This", "lang": "eng"}]
+        csv.writer(file).writerows([sample.keys(), sample.values()])
+    aya = [{"inputs": own, "targets": "Jibu", "language": "Swahili", "language_code": "swh"},
+           {"inputs": "What?", "targets": "This", "language_code": "eng"}]
+    (tmp_path / "aya.jsonl").write_text("\n".join(map(json.dumps, aya)))
+    for name, expected in {"a.csv": [sample], "aya.jsonl": [
+            {"instruction": own, "output": "Jibu", "lang": "swh"},
+            {"instruction": "What?", "instruction_en": "What?", "output": "This", "lang": "eng"}]}.items():
+        command = [sys.executable, "-c", code, tmp_path / name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        (tmp_path / "made.jsonl").write_text(text)
+        records = read_records(tmp_path / "made.jsonl", ("instruction", "output"))
+        assert [record.fields for record in records] == expected
