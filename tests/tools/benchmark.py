@@ -21,8 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["OMP_NUM_THREADS"] = "2"
 
 import torch
@@ -32,6 +31,7 @@ from cctuning import Batch, CCTuning, TransformMatrix, gumbel_noise, load_cctuni
 from infer import Engine, Prompt
 from model import Config, KVCache, Transformer
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
          "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
          "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "hidden_act": "silu",
@@ -221,9 +221,9 @@ class Table:
     def __init__(self):
         import transformers
         self.missed = []
-        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} "
-              f"threads, CPU capability {torch.backends.cpu.get_cpu_capability()}, load average "
-              f"{os.getloadavg()[0]:.1f}\n\n| what | measured | bound | |\n|---|---|---|---|")
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}, CPU capability "
+              f"{torch.backends.cpu.get_cpu_capability()}, load average {os.getloadavg()[0]:.1f}\n\n"
+              "| what | measured | bound | |\n|---|---|---|---|")
 
     def row(self, what, value, at_most=None, at_least=None):
         bound, verdict = at_most or at_least, ""

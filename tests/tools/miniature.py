@@ -1,10 +1,10 @@
-"""Plain fine-tuning against CC-Tuning on the embedded default: exact match on held-out facts, over several seeds.
+"""Plain fine-tuning against CC-Tuning on the built-in data: exact match on held-out facts, several seeds.
 
-    python tests/miniature.py                          # five seeds of both, on the test facts: what README.md shows
-    python tests/miniature.py --part dev --seeds 2 --cc "--ridge 0.1" --out out/other      # to choose settings by
+    python tests/tools/miniature.py                   # five seeds of both, on the test facts: README's table
+    python tests/tools/miniature.py --part dev --seeds 2 --cc "--ridge 0.1" --out out/other   # to choose by
 
---sft and --cc add options of train.py to the default run of each method. Runs that are complete in --out are not
-repeated. Prints a table in Markdown and, where matplotlib is installed, draws --figure: accuracy per language.
+--sft and --cc add options of train.py to the default run of each method. Runs that are complete in --out are
+not repeated. Prints a table in Markdown; --figure draws accuracy per language (needs matplotlib).
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = {  # (method, how its result is connected)
     ("base", "none"): "base model, untrained",
     ("sft", "none"): "SFT",
@@ -73,32 +73,35 @@ def draw(path, scores):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--seeds", type=int, default=5, help="seeds 0 to N-1 (default %(default)s)")
     add("--part", choices=("dev", "test"), default="test", help="facts to answer (default %(default)s)")
     add("--methods", default="sft,cc", help="(default %(default)s)")
-    add("--sft", default="--lr 2e-4", metavar="OPTIONS", help="of train.py, for the plain runs (default: the best of "
-        "eight on dev, %(default)s)")
-    add("--cc", default="--english_grad", metavar="OPTIONS", help="of train.py, for the CC-Tuning runs (default: the "
-        "best of eight on dev, %(default)s)")
+    add("--sft", default="--lr 2e-4", metavar="OPTIONS", help="of train.py (default, the best of eight on "
+        "dev: %(default)s)")
+    add("--cc", default="--english_grad", metavar="OPTIONS", help="of train.py (default, the best of eight "
+        "on dev: %(default)s)")
     add("--answer", default="", metavar="OPTIONS", help="of eval.py")
     add("--jobs", type=int, default=2, help="runs at a time, of one thread each (default %(default)s)")
-    add("--out", type=Path, default=ROOT / "out" / "miniature", metavar="DIR", help="(default out/miniature)")
+    add("--out", type=Path, default=ROOT / "out" / "miniature", metavar="DIR", help="(out/miniature)")
     add("--figure", type=Path, metavar="FILE", help="a PNG to draw")
     args = parser.parse_args()
-    jobs = [("base", 0), *((method, seed) for seed in range(args.seeds) for method in args.methods.split(","))]
+    jobs = [("base", 0)]
+    jobs += [(method, seed) for seed in range(args.seeds) for method in args.methods.split(",")]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(jobs, pool.map(lambda job: one_run(*job, args), jobs), strict=True))
     scores = {(method, connection): [found[connection] for (m, _), found in results.items() if m == method]
               for method, connection in NAMES if (method, 0) in results}
-    print(f"| {args.part} facts, exact match in % | mean of ten languages | spread (s.d.) | each seed | English |\n"
-          "|---|---|---|---|---|")
+    print(f"| {args.part} facts, exact match in % | mean of ten languages | spread (s.d.) | each seed "
+          "| English |\n|---|---|---|---|---|")
     for key, runs in scores.items():
         ten = [statistics.mean(value for lang, value in found.items() if lang != "en") for found in runs]
         spread = f"{statistics.stdev(ten):.1f}" if len(ten) > 1 else ""
-        print(f"| {NAMES[key]} | {statistics.mean(ten):.1f} | {spread} | {', '.join(f'{value:.1f}' for value in ten)} "
-              f"| {statistics.mean(found['en'] for found in runs):.1f} |")
+        english = statistics.mean(found["en"] for found in runs)
+        each = ", ".join(f"{value:.1f}" for value in ten)
+        print(f"| {NAMES[key]} | {statistics.mean(ten):.1f} | {spread} | {each} | {english:.1f} |")
     if args.figure:
         draw(args.figure, scores)
 
