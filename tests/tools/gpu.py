@@ -388,8 +388,8 @@ def answers(run):
             passes[connection] = run.seconds(lambda answer=answer: next(answer()), 2 * run.repeats)
             found[f"prefill {rows} {connection}, ms"] = 1e3 * passes[connection]
         # Every token has a new length: the first time, cuDNN's attention would build a plan for each.
-        new, seen = ((run.seconds(lambda answer=answer: list(answer()), repeats, warm_up=0) - passes["matrix"])
-                     / (run.new - 1) for repeats in (1, 2))
+        whole = [run.seconds(lambda answer=answer: list(answer()), repeats, warm_up=0) for repeats in (1, 2)]
+        new, seen = ((seconds - passes["matrix"]) / (run.new - 1) for seconds in whole)
         found[f"decode {rows}, tokens/s"] = rows / seen
         run.goal(new < 1.4 * seen, f"decoding {rows} is slow at new lengths")
         if rows == 1:

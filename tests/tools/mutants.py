@@ -6,8 +6,8 @@
     python tests/tools/mutants.py --list FILE.json             # another list
 
 The list holds objects with "id", "file", "old" (a text that stands in the file once), "new" (what the bug
-puts there), "what" (the bug in words), "tests" (the file that catches it; default: all) and, where only a slow
-or an optional test can catch it, "marked": true. Prints caught, SURVIVED, or STALE where `old` is gone or
+puts there), "what" (the bug in words), "tests" (the file that catches it; default: all) and, where only a
+slow or optional test can catch it, "marked": true. Prints caught, SURVIVED, or STALE where `old` is gone or
 stands there twice; the exit code is then 1.
 """
 import argparse
@@ -21,9 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.pop(0)  # this folder: the copy's own is taken
-sys.dont_write_bytecode = True
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+sys.path.remove(str(Path(__file__).resolve().parent))  # the copy's is used
+os.environ["OMP_NUM_THREADS"] = os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 import pytest
 import torch  # noqa: F401  imported once, not for each bug
@@ -42,6 +41,7 @@ def failure(folder, tests, marked):
             os.chdir(folder)
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
+            sys.dont_write_bytecode = True
             os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *marks, *tests]))
         status = os.waitpid(child, 0)[1]
         out.seek(0)
@@ -79,7 +79,7 @@ def main():
                 path.write_text(text, encoding="utf-8")
                 verdict = "caught" if fails else "SURVIVED"
             missed += not fails
-            print(f"{verdict:<8}  {bug['id']}  {bug['file']}: {bug['what']}  {(fails or '')[:100]}", flush=True)
+            print(f"{verdict:<8}  {bug['id']}  {bug['file']}: {bug['what']}  {(fails or '')[:99]}", flush=True)
     sys.exit(1 if missed else 0)
 
 
