@@ -8,7 +8,8 @@
     test_tokenizer.py     tokenizers, chat templates, connection position
     test_train.py         train.py: data, steps, validation, the matrix fit, what is printed and saved
     test_distributed.py   several processes against one
-    test_io.py            --out, resuming, kills and bad input: what a user sees when something is wrong
+    test_io.py            files of users: bad input, --out, saving; a kill at any point
+    test_resume.py        checkpoints, signals and --resume
     test_infer.py         infer.py: decoding, sampling, batches, input and output
     test_eval.py          eval.py: parsing of answers, metrics, likelihoods, intervals, tables
     test_data.py          the built-in data, and data/README.md's converter
@@ -16,7 +17,15 @@
     conftest.py           this file: files to test on, running the scripts, reading what they wrote
     calls.py              all calls that tests make to the model itself
     answers.json          answers of real models and the option that each names, for test_eval.py
-    tools/                run by hand; each file's first lines say what for
+    tools/                run by hand
+      benchmark.py          speed and memory against transformers, plain and hooked
+      hookpeer.py           CC-Tuning by hooks on transformers, for benchmark.py and test_cctuning.py
+      gpu.py                is everything right and fast on a GPU?
+      kill_and_resume.py    SIGKILL at random moments; the end must have the same bits
+      mutants.py            puts the bugs of mutants.json in, one at a time: do the tests catch them?
+      miniature.py          SFT against CC-Tuning on the built-in data: the table in README.md
+      make_paper_files.py   the paper's data files at toy size, for .ci/run
+      real_weights.py       checks on checkpoints that are too large to ship
 
 Every test has explicit seeds and runs in float32 unless it says otherwise.
 

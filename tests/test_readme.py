@@ -49,6 +49,13 @@ def test_links(page):
         assert (ROOT / page).parent.joinpath(link).exists(), link
 
 
+def test_table_of_tests():
+    """Catches a file of tests that the table in conftest.py does not explain."""
+    names = {path.name for path in [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests" / "tools").glob("*.py")]}
+    table = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8").split('"""')[1]
+    assert not {name for name in names if f" {name} " not in table}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("diff", DIFFS, ids=range(len(DIFFS)))
 def test_recipes(tmp_path, diff):

@@ -79,7 +79,8 @@ def main():
                 path.write_text(text, encoding="utf-8")
                 verdict = "caught" if fails else "SURVIVED"
             missed += not fails
-            print(f"{verdict:<8}  {bug['id']}  {bug['file']}: {bug['what']}  {(fails or '')[:99]}", flush=True)
+            line = f"{verdict:<8}  {bug['id']}  {bug['file']}: {bug['what']}"
+            print(f"{line}  {(fails or '')[:100]}", flush=True)
     sys.exit(1 if missed else 0)
 
 
