@@ -1,5 +1,12 @@
-"""Several processes: the same results as one, a share of the memory each, and no hanging when one does."""
+"""Several processes: the results of one, a share of the memory each, one line for an error, and no waiting
+for a process that failed, was killed or was told to stop."""
 import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,31 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import (PAIRS, ROOT, UNEVEN, at_step, json_lines, launch, logged, losses, results_of, tensors,
-                      training, worst_difference, write_checkpoint, write_data)
-from model import UserError, choose_device
+from conftest import (PAIRS, ROOT, UNEVEN, at_step, json_lines, launch, logged, losses, results_of, same,
+                      tensors, training, worst_difference, write_checkpoint, write_data)
+from model import choose_device
 
-LLAMA_8B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-            "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": False}
 METHODS = {  # ridge: 9 prompts do not determine the matrix
     "cc": {"ridge": 0.1}, "cc, English gradients": {"english_grad": True, "ridge": 0.1},
     "sft": {"method": "sft"}}
-CASES = {  # name: (processes, method, what one process does without), pairs of choices with one another
-    "2 a": (2, "cc", {"checkpoint_activations": True}),
-    "2 b": (2, "cc, English gradients", {"micro_batch": 2, "max_shard_size": 1e-4}),
-    "2 c": (2, "sft", {"micro_batch": 2, "checkpoint_activations": True}),
-    "4 a": (4, "cc", {"micro_batch": 1}),
-    "4 b": (4, "cc, English gradients", {"checkpoint_activations": True}),
-    "4 c": (4, "sft", {}),
-}
-LOG = "train_log.jsonl"
+CASES = [  # processes, method, what one process does without
+    (2, "cc", {"checkpoint_activations": True}), (2, "cc, English gradients", {"micro_batch": 2}),
+    (2, "sft", {"micro_batch": 2, "checkpoint_activations": True}), (4, "cc", {"micro_batch": 1}),
+    (4, "cc, English gradients", {"checkpoint_activations": True}), (4, "sft", {})]
 WATCH = """
-import json, os
-import torch.distributed.fsdp as fsdp
+import json, os, torch.distributed.fsdp as fsdp
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-place, groups, steps, fully_shard = sys.argv[1], [], [], fsdp.fully_shard
+groups, steps, fully_shard = [], [], fsdp.fully_shard
 def watched(module, **options):
     policy = options.get("mp_policy")
     groups.append([str(policy and policy.param_dtype), str(policy and policy.reduce_dtype)])
@@ -43,26 +40,17 @@ def look(optimizer, *_):
 fsdp.fully_shard = watched
 register_optimizer_step_pre_hook(look)
 """
-SEEN = """
-json.dump([groups, steps], open(place + os.environ["RANK"], "w"))
-"""
-
-
-def head(path, count):
-    """The first samples of the embedded training data, in a file of their own."""
-    lines = (ROOT / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(lines[:count]), encoding="utf-8")
-    return path
+SEEN = 'json.dump([groups, steps], open(f"{__file__}.{os.environ[\'RANK\']}", "w"))'
 
 
 @pytest.fixture(scope="module")
 def alone(ran, tmp_path_factory):
-    """The runs of one process. commands(world): the same for several, 21 steps of 6, 6 and 1 samples in turn
-    each."""
+    """The runs of one process, 21 steps of 6, 6 and 1 samples in turn each. train, others: the same for
+    several, into another folder."""
     base = tmp_path_factory.mktemp("alone")
-    model, data, fit = write_checkpoint(base / "model"), base / "data.jsonl", head(base / "fit.jsonl", 110)
-    write_data(data, UNEVEN)
+    model, data = write_checkpoint(base / "model"), write_data(base / "data.jsonl", UNEVEN)
     held = write_data(base / "held.jsonl", [(own + "?", *rest) for own, *rest in PAIRS[:5]])
+    fit = write_data(base / "fit.jsonl", [(f"swali {i}", f"question {i}", "jibu", "sw") for i in range(110)])
 
     def train(out, method, **options):
         return training(model, data, out, lr=1e-3, epochs=7, eval_data=held, **METHODS[method], **options)
@@ -71,7 +59,6 @@ def alone(ran, tmp_path_factory):
         return [training(base / "cc", fit, out / "fit", epochs=0, matrix_prompts=1000),
                 ["eval", "--model", base / "cc", "--data", ROOT / "data" / "dev", "--out", out / "eval",
                  "--langs=sw,zh", "--limit=7", "--max_new_tokens=5", "--batch_size=3"]]
-
     for command in (*(train(base / method, method) for method in METHODS), *others(base)):
         ran(*command)
     return SimpleNamespace(base=base, train=train, others=others)
@@ -79,69 +66,46 @@ def alone(ran, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def several(request, alone, tmp_path_factory):
-    """The same runs by 2 and by 4 processes, started once: world, folder, and what each rank saw."""
+    """The same runs by 2 and by 4 processes, started once, and what each rank saw."""
     world, folder = request.param, tmp_path_factory.mktemp("several")
-    cases = {name: case for name, case in CASES.items() if case[0] == world}
-    commands = [alone.train(folder / name, method, **own) for name, (_, method, own) in cases.items()]
+    commands = [alone.train(folder / method, method, **own) for size, method, own in CASES if size == world]
     commands += [alone.train(folder / "low", "cc", dtype="bfloat16"), *alone.others(folder)]
     done = launch(folder, world, commands, before=WATCH, after=SEEN)
     assert done.returncode == 0, done.stderr[-3000:]
-    seen = [json.loads((folder / f"commands.json{rank}").read_text()) for rank in range(world)]
+    seen = [json.loads((folder / f"worker.py.{rank}").read_text()) for rank in range(world)]
     return SimpleNamespace(world=world, folder=folder, seen=seen)
 
 
 @pytest.mark.slow
-def test_training_equals_one_process(alone, several):
+@pytest.mark.parametrize("method", METHODS)
+def test_training_equals_one_process(alone, several, method):
     """Catches gradients summed or averaged wrongly, a mean of means, Gumbel noise that depends on the
-    process, a process without a sample in the last step, a layer whose recomputation differs, rows of a
-    sharded weight read from the wrong place."""
-    for name, (world, method, own) in CASES.items():
-        if world == several.world:
-            expected, found = alone.base / method, several.folder / name
-            assert len(losses(expected)) == 21 and np.abs(losses(found) - losses(expected)).max() < 1e-5, name
-            assert np.abs(logged(found, "grad_norm") / logged(expected, "grad_norm") - 1).max() < 1e-4, name
-            assert worst_difference(tensors(found), tensors(expected)) < 1e-4, name
-            assert (len(list(found.glob("model-*.safetensors"))) > 1) == ("max_shard_size" in own), name
+    process, a process without a sample in the last step, rows of a sharded weight read from the wrong
+    place, a validation loss over one process's samples or over what an idle process repeats."""
+    found, expected = several.folder / method, alone.base / method
+    assert len(losses(expected)) == 21 and np.abs(losses(found) - losses(expected)).max() < 1e-5
+    assert np.abs(logged(found, "grad_norm") / logged(expected, "grad_norm") - 1).max() < 1e-4
+    assert worst_difference(tensors(found), tensors(expected)) < 1e-4
+    logs = [json_lines(folder / "train_log.jsonl") for folder in (found, expected)]
+    measured, wanted = ([line["eval_loss"] for line in log if "eval_loss" in line] for log in logs)
+    assert len(measured) == 7 and measured == [pytest.approx(one, abs=1e-5) for one in wanted]
 
 
 @pytest.mark.slow
-def test_validation_equals_one_process(alone, several):
-    """Catches a validation loss over one process's samples only, or one that counts what an idle process
-    repeats."""
-    for name, (world, method, _) in CASES.items():
-        if world == several.world:
-            files = (several.folder / name / LOG, alone.base / method / LOG)
-            found, expected = ({line.get("step"): line["eval_loss"] for line in json_lines(file)
-                                if "eval_loss" in line} for file in files)
-            assert len(found) == 7
-            assert found == {step: pytest.approx(loss, abs=1e-5) for step, loss in expected.items()}, name
-
-
-@pytest.mark.slow
-def test_bfloat16_is_like_float32(alone, several):
-    """Catches float32 weights that are saved as they were gathered, in bfloat16. More than likeness is not
-    promised."""
-    likeness = np.abs(losses(several.folder / "low") / losses(alone.base / "cc") - 1)
-    assert 0 < likeness.mean() < 0.01  # single steps, some of one sample, are noisy
-    saved = tensors(several.folder / "low")["model.embed_tokens.weight"]
-    assert not saved.equal(saved.bfloat16().float())
-
-
-@pytest.mark.slow
-def test_fit_equals_one_process(alone, several):
-    """Catches a matrix that is summed over one process only. 352 rows of 48 numbers: it is determined."""
+def test_the_rest_equals_one_process(alone, several):
+    """Catches a matrix summed over one process only, answers in another order, lost or given twice, and
+    float32 weights saved as they were gathered, in bfloat16 (of which only likeness is promised)."""
     one, matrix = (load_file(folder / "fit" / "cctuning.safetensors")["transform_matrix"]
                    for folder in (alone.base, several.folder))
     assert (matrix - one).abs().max() < 1e-6 * one.abs().max()
-
-
-@pytest.mark.slow
-def test_answers_equal_one_process(alone, several):
-    """Catches answers in another order, lost or given twice."""
     one, given = ([path.read_text() for path in sorted((folder / "eval" / "answers").rglob("*.jsonl"))]
                   for folder in (alone.base, several.folder))
     assert one == given and len(one) == 2
     assert results_of(alone.base / "eval") == results_of(several.folder / "eval")
+    likeness = np.abs(losses(several.folder / "low") / losses(alone.base / "cc") - 1)
+    assert 0 < likeness.mean() < 0.01  # single steps, some of one sample, are noisy
+    saved = tensors(several.folder / "low")["model.embed_tokens.weight"]
+    assert not saved.equal(saved.bfloat16().float())
 
 
 @pytest.mark.slow
@@ -156,41 +120,119 @@ def test_each_process_holds_a_share(several):
         assert all(abs(part * several.world / whole - 1) < 0.01 for whole, part, _ in steps)
 
 
+# --------------------------------------------------------------------------------- killed, told to stop
+
+command = partial(training, lr=1e-3, epochs=4, micro_batch=2, save_every=3, ridge=0.1)  # 12 steps
+KILL = at_step(10, "os.kill(os.getpid(), signal.SIGKILL)")
+
+
+def saved_steps(out):
+    return sorted(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-???????"))
+
+
 @pytest.mark.slow
-def test_the_default_run(tmp_path, ran):
-    """Catches the embedded default giving other losses on two processes than on one in its first 20 steps,
-    and other answers, in bfloat16 as stored."""
-    data = head(tmp_path / "data.jsonl", 640)
-    settings = {"batch_size": 32, "micro_batch": 32, "lr": 1e-4, "epochs": 1, "matrix_prompts": 1}
+def test_killed_and_resumed(checkpoint, ran, tmp_path):
+    """Catches moments, step, order or noise other than before on as many processes, to the bit, and on
+    another number; parameters that validation left gathered, saved without their moments; the other
+    process waiting for the killed one for ever."""
+    data = write_data(tmp_path / "data.jsonl", UNEVEN)
+    mine, killed = partial(command, checkpoint(), data, eval_data=data), tmp_path / "killed"
+    assert launch(tmp_path, 2, [mine(tmp_path / "whole")]).returncode == 0
+    done = launch(tmp_path, 2, [mine(killed)], before=KILL, timeout=100)
+    assert done.returncode != 0 and "SIGKILL" in done.stderr and saved_steps(killed) == [6, 9]
+    ran(*mine(shutil.copytree(killed, tmp_path / "one"), resume=True))
+    done = launch(tmp_path, 2, [mine(killed, resume=True)])
+    assert done.returncode == 0 and "resumed after step 9" in done.stdout, done.stderr[-3000:]
+    assert same(tmp_path / "whole", killed) and saved_steps(killed) == [9, 12]
+    for folder in (killed, tmp_path / "one"):
+        assert len(losses(folder)) == 12
+        assert np.abs(losses(folder) - losses(tmp_path / "whole")).max() < 1e-5
+        assert worst_difference(tensors(folder), tensors(tmp_path / "whole")) < 1e-4
 
-    def commands(n):
-        return [training(ROOT / "data" / "base", data, tmp_path / f"train{n}", **settings),
-                ["eval", "--model", ROOT / "data" / "tuned", "--data", ROOT / "data" / "test",
-                 "--langs=pt,de", "--out", tmp_path / f"eval{n}"]]
 
-    for command in commands(1):
-        ran(*command)
-    done = launch(tmp_path, 2, commands(2))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert results_of(tmp_path / "eval1") == results_of(tmp_path / "eval2")
-    one, two = losses(tmp_path / "train1"), losses(tmp_path / "train2")
-    assert len(one) == 20 and np.abs(two - one).max() < 1e-5
+@pytest.mark.slow
+def test_stopped_and_resumed_by_more(checkpoint, run, tmp_path, stop_at):
+    """Catches a checkpoint that only as many processes can read as wrote it; processes that do not agree to
+    stop: the others would wait for the one that stopped."""
+    mine, out = partial(command, checkpoint(), write_data(tmp_path / "data.jsonl", UNEVEN)), tmp_path / "out"
+    assert run(*mine(tmp_path / "whole"))[0] == 0
+    stop_at(2)
+    run(*mine(out))
+    stop = at_step(6, "os.kill(os.getpid(), signal.SIGTERM)")
+    done = launch(tmp_path, 2, [mine(out, resume=True)], before=stop, timeout=100)
+    step = re.search(r"stopped after step ([7-9]) of 12", done.stdout)
+    assert done.returncode != 0 and step and saved_steps(out)[-1] == int(step[1]), done.stderr[-3000:]
+    assert run(*mine(out, resume=True))[0] == 0
+    assert worst_difference(tensors(out), tensors(tmp_path / "whole")) < 1e-4
 
 
-EMBEDDING, LAYER = 128256 * 4096, 4096 * (4096 * 2 + 1024 * 2 + 14336 * 3 + 2)  # numbers in each
-REST = 2 * EMBEDDING + 4096
+# ------------------------------------------------------------------------------------------------ errors
+
+START = f"""
+import os, runpy, sys
+sys.path[0], seed = {str(ROOT)!r}, os.environ["RANK"] if "/differs" in " ".join(sys.argv) else "0"
+sys.argv.append("--seed=" + seed)
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault, culprit", [
+    ("data", "data.jsonl:1"), ("out", "files of others"), ("disk", ""), ("differs", "different")])
+def test_one_line_for_an_error(checkpoint, tmp_path, fault, culprit):
+    """Catches an error shown once by each process, one of rank 0 alone that the others wait for, and one
+    that leaves a traceback: bad data, a foreign folder, a full disk at the last write, other arguments."""
+    data, out = write_data(tmp_path / "data.jsonl", UNEVEN), tmp_path / fault
+    if fault == "data":
+        data.write_text('{"instruction": "a"}')
+    if fault == "out":
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+    (tmp_path / "start.py").write_text(START)
+    given = training(checkpoint(), data, out, epochs=1, ridge=0.1)[1:]
+    largest = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (90_000, 90_000))  # bytes of a file
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         tmp_path / "start.py", *given], capture_output=True, text=True, timeout=100,
+        preexec_fn=largest if fault == "disk" else None)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(ours) == 1 and culprit in ours[0], done.stderr[-3000:]
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
+
+
+END = f"""
+import atexit, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from model import run_script
+atexit.register(os.abort)  # where the interpreter shuts down
+run_script(lambda: sys.exit(3))
+"""
+
+
+def test_how_a_process_of_several_ends(monkeypatch):
+    """Catches a process that shuts its interpreter down: a thread of gloo that then frees a tensor aborts
+    it. (Seen in one of six runs of two processes on a busy machine, after the result was saved.)"""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert subprocess.run([sys.executable, "-c", END]).returncode == 3
+
+
+# ------------------------------------------------------------------------------------------- the machine
+
+LLAMA_8B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": False}
+LAYER = 4096 * (4096 * 2 + 1024 * 2 + 14336 * 3 + 2)  # numbers in a layer
+REST = 2 * 128256 * 4096 + 4096
 
 
 @pytest.mark.parametrize("options, world, copies, reduced, tokens", [
-    ({}, 1, 2 * (32 * LAYER + EMBEDDING), 0, 4 * 1024),
-    ({}, 8, 2 * (REST + 2 * LAYER), 6 * REST, 4 * 1024),
-    ({"dtype": "float32"}, 1, 0, 0, 4 * 1024),
-    ({"dtype": "float32"}, 8, 4 * (REST + 2 * LAYER), 8 * REST, 4 * 1024),
-    ({"micro_batch": 8, "batch_size": 24, "max_length": 512}, 8, 2 * (REST + 2 * LAYER), 6 * REST, 3 * 512),
-])
+    ({}, 1, 2 * (32 * LAYER + REST), 0, 4096), ({}, 8, 2 * (REST + 2 * LAYER), 6 * REST, 4096),
+    ({"dtype": "float32"}, 1, 0, 0, 4096),
+    ({"dtype": "float32"}, 8, 4 * (REST + 2 * LAYER), 8 * REST, 4096),
+    ({"micro_batch": 8, "batch_size": 24, "max_length": 512}, 8, 2 * (REST + 2 * LAYER), 6 * REST, 1536)])
 def test_memory_plan(tmp_path, ran, options, world, copies, reduced, tokens):
-    """Catches a plan that forgets one of the things a process holds, or counts it otherwise. (That it holds
-    them: test_each_process_holds_a_share.) For Llama-3.1-8B, in bytes."""
+    """Catches a plan that forgets one of the things a process holds (test_each_process_holds_a_share), or
+    counts it otherwise. For Llama-3.1-8B, in bytes."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     options = {"dtype": "bfloat16", "micro_batch": 4, **options, "memory_plan": world}
     said = ran("train", "--model", tmp_path, *(f"--{name}={value}" for name, value in options.items()))
@@ -200,35 +242,12 @@ def test_memory_plan(tmp_path, ran, options, world, copies, reduced, tokens):
     assert shown == pytest.approx([size / 1e9 for size in [*sizes, sum(sizes)]], abs=0.02)
 
 
-@pytest.mark.slow
-def test_a_process_that_hangs(checkpoint, tmp_path):
-    """Catches the others waiting for ever, or for longer than a quarter of an hour, for one that is there and
-    does nothing. (For one that dies: test_resume.py.)"""
-    impatient = """
-from datetime import timedelta
-patient = dist.init_process_group
-def meet(*given, timeout, **options):
-    assert timeout <= timedelta(minutes=15)
-    return patient(*given, timeout=timedelta(seconds=5), **options)
-dist.init_process_group = meet
-"""
-    hang = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(90)"  # else torchrun would wait for it
-    command = training(checkpoint(), write_data(tmp_path / "data.jsonl", PAIRS), tmp_path / "out", epochs=7)
-    done = launch(tmp_path, 2, [command], before=impatient + at_step(3, hang), timeout=60)
-    assert done.returncode != 0 and "5000ms" in done.stderr
-
-
 def test_gpu_of_a_process(monkeypatch):
-    """Catches a process on another's GPU, more processes than GPUs, and cuDNN's attention left on."""
+    """Catches a process on another's GPU, and cuDNN's attention left on."""
     taken, allowed = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", allowed.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert choose_device() == torch.device("cuda", 1)
     assert taken == [torch.device("cuda", 1)] and allowed == [False]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="3 processes for 2 GPUs"):
-        choose_device()

@@ -15,9 +15,10 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from conftest import (PAIRS, ROOT, json_lines, logged, losses, reading, same, tensors, training,
-                      write_checkpoint, write_connection, write_data)
+from conftest import (PAIRS, ROOT, json_lines, logged, losses, reading, tensors, training,
+                      worst_difference, write_checkpoint, write_connection, write_data)
 from reference import Reference, gumbel, prompt_ids
 
 SAMPLES = [(own + end, english + end, answer + end, lang) for end in ("", " tano", " na mbili na tatu")
@@ -58,7 +59,7 @@ def found_in(calls, rows):
 
 
 def mean_loss(model, rows, connection):
-    """Validation: the mean loss of all answer tokens, the layer being the Decision Maker's first choice."""
+    """Validation: the mean loss of all answer tokens; the Decision Maker takes its first choice."""
     total = 0.0
     with torch.no_grad():
         for prompt, english, answer, index in rows:
@@ -71,8 +72,8 @@ def mean_loss(model, rows, connection):
 
 
 def retrained(folder, rows, steps, rates, held, seed=0, method="cc", english_grad=False):
-    """The steps (lists of sample numbers) of a run, computed plainly: (model, [loss], [gradient norm], {step:
-    held-out loss}), the last after each third step."""
+    """The steps (lists of sample numbers) of a run, computed plainly: (model, [loss], [gradient norm],
+    {step: held-out loss}), the last after each third step."""
     model, found = Reference(folder), SimpleNamespace(losses=[], norms=[], held={})
     shape = model.config["num_hidden_layers"], model.config["hidden_size"]
     start = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -122,9 +123,10 @@ def trained(request, ran, tmp_path_factory):
 
 
 def test_steps(trained):
-    """Catches a connection position that is the template's only by chance, a layer that is not the one drawn,
+    """Catches a connection position that is the template's only by chance, a layer other than the one drawn,
     noise that repeats or is left out, a mean of means, gradients kept from the step before, other betas,
-    weight decay, clipping or rounding than documented, --english_grad or --seed without effect."""
+    weight decay, clipping or rounding than documented, --english_grad or --seed without effect; a warm-up
+    that starts at zero or has another length, and a cosine that does not come down."""
     epochs = [trained.steps[i:i + 3] for i in range(0, len(trained.steps), 3)]
     assert len(epochs) == trained.options.get("epochs", 2)
     assert all(sorted(sum(epoch, [])) == list(range(12)) for epoch in epochs) and epochs[0] != epochs[1]
@@ -132,11 +134,6 @@ def test_steps(trained):
     assert np.abs(losses(trained.out) - trained.expected.losses).max() < 1e-4
     assert np.abs(logged(trained.out, "grad_norm") / trained.expected.norms - 1).max() < 1e-3
     assert max(trained.expected.norms) > 2  # what clipping at 1 changes
-
-
-def test_learning_rate(trained):
-    """Catches a warm-up that starts at zero, never ends or has another length, and a cosine that does not
-    come down."""
     count, peak = len(trained.steps), 1e-2
     warm = math.ceil(count / 10)
     rest = [(1 + math.cos(math.pi * i / (count - warm))) / 2 for i in range(count - warm)]
@@ -145,8 +142,8 @@ def test_learning_rate(trained):
 
 
 def test_saved_weights(trained):
-    """Catches weights trained in the dtype they are stored in, or saved in another, a Decision Maker left out
-    or rounded, and a config.json that is not the old one."""
+    """Catches weights trained in the dtype they are stored in, or saved in another, a Decision Maker left
+    out or rounded."""
     found, stored = tensors(trained.out), tensors(trained.folder)
     for name, weight in trained.model.tensors.items():
         kept = stored[name].dtype if name in stored else torch.float32
@@ -156,17 +153,13 @@ def test_saved_weights(trained):
         assert (found[name].float() - weight).abs().mean() < 1e-5 * (1 + 10 * (kept == torch.bfloat16)), name
     extra = set() if trained.options.get("method") == "sft" else {"transform_matrix"}
     assert found.keys() - trained.model.tensors.keys() == extra
-    config = json.loads((trained.out / "config.json").read_text())
-    assert config.pop("cctuning") and config == json.loads((trained.folder / "config.json").read_text())
-    index = json.loads((trained.out / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(found[name].nbytes for name in stored)
 
 
+@torch.no_grad()
 def pairs_of(model, rows):
     """X and Y (L, N, d), float64, of the prompts in these rows and of their English versions."""
-    with torch.no_grad():
-        x = torch.stack([model.activations(prompt, index) for prompt, _, _, index in rows], 1)
-        y = torch.stack([model.activations(english, index) for _, english, _, index in rows], 1)
+    x = torch.stack([model.activations(prompt, index) for prompt, _, _, index in rows], 1)
+    y = torch.stack([model.activations(english, index) for _, english, _, index in rows], 1)
     return x.double(), y.double()
 
 
@@ -185,9 +178,9 @@ def explained(model, rows, matrix):
 
 
 def test_matrix_and_validation(trained):
-    """Catches a matrix fitted at another position, on English prompts, from English to own language, without
-    its ridge or with what it is measured on, and a validation loss that is no mean over answer tokens, comes
-    at other steps than an epoch's last, or whose connection is not what it says."""
+    """Catches a matrix fitted at another position, on English prompts, from English to own language,
+    without its ridge or with what it is measured on; a validation loss that is no mean over answer tokens,
+    comes at other steps than an epoch's last, or has another connection than it says."""
     model, method = trained.model, trained.options.get("method", "cc")
     each = [entry for entry in json_lines(trained.out / "train_log.jsonl") if "eval_loss" in entry]
     last = each.pop()["eval_loss"]
@@ -198,112 +191,135 @@ def test_matrix_and_validation(trained):
     if method == "cc":
         foreign = [row for row, pair in zip(trained.rows, SAMPLES, strict=True) if pair[0] != pair[1]]
         order = found_in(trained.calls, [prompt for prompt, *_ in foreign])  # first the fit's, then others
-        fit, test = [foreign[i] for i in order[:8]], [foreign[i] for i in order[8:]]
-        note, matrix = noted(trained.out)["matrix"], fitted(model, fit, 0.1)
-        assert (note["prompts"], note["held_out"], note["ridge"], len(set(order))) == (8, 2, 0.1, 10)
-        saved = tensors(trained.out)["transform_matrix"]
+        note, saved = noted(trained.out)["matrix"], tensors(trained.out)["transform_matrix"]
+        size = note["prompts"]
+        fit, test = [foreign[i] for i in order[:size]], [foreign[i] for i in order[size:]]
+        matrix = fitted(model, fit, 0.1)
+        assert len(fit) + len(test) == len(set(order)) == 10 and len(test) == note["held_out"] in (1, 2)
         assert saved.dtype == torch.float32 and (saved - matrix).abs().max() < 1e-3 * matrix.abs().max()
-        assert note["r_squared"] == pytest.approx(explained(model, test, matrix), abs=2e-3)
+        if len({tuple(english) for _, english, *_ in test}) > 1:  # else nothing to explain
+            assert note["r_squared"] == pytest.approx(explained(model, test, matrix), abs=2e-3)
         model.tensors["transform_matrix"] = matrix.float()
     assert last == {c: pytest.approx(mean_loss(model, trained.held, c), abs=1e-4) for c in connections}
 
 
 def test_report(trained):
-    """Catches a base loss of another model or connection than the one before training, a table with columns mixed
-    up, and a verdict on the matrix that the losses do not give."""
-    entries, cc = json_lines(trained.out / "train_log.jsonl"), trained.options.get("method", "cc") == "cc"
-    base, last = entries[0]["base_loss"], [entry for entry in entries if "eval_loss" in entry][-1]["eval_loss"]
+    """Catches a base loss of another model or connection than before training, a table with columns mixed
+    up, a verdict that the losses do not give, a template, method or option forgotten with the run, and a
+    line that is not printed."""
+    entries, method = json_lines(trained.out / "train_log.jsonl"), trained.options.get("method", "cc")
+    base, last = entries[0]["base_loss"], [line for line in entries if "eval_loss" in line][-1]["eval_loss"]
     assert base == pytest.approx(mean_loss(Reference(trained.folder), trained.held, "none"), abs=1e-4)
-    expected = {"base model": base, "no connection": last["none"]}
-    expected |= {"matrix": last["matrix"], "real English": last["english"]} if cc else {}
+    expected, note = {"base model": base, "no connection": last["none"]}, noted(trained.out)
+    if method == "cc":
+        expected |= {"matrix": last["matrix"], "real English": last["english"]}
+        assert ("helps at inference" in trained.said) == (last["matrix"] < last["none"])
     assert dict(re.findall(r"^  (\w.*?)  +(\d\.\d{4})$", trained.said, re.MULTILINE)) == {
         name: f"{loss:.4f}" for name, loss in expected.items()}
-    assert len(re.findall(r"layer \d \(\d+ %\)", trained.said)) == (2 if cc else 0)
-    if cc:
-        assert ("is better than no connection" in trained.said) == (last["matrix"] < last["none"])
-
-
-def test_noted(trained):
-    """Catches a template, method or option that is forgotten with the run, and languages that infer.py cannot
-    list."""
-    note, method = noted(trained.out), trained.options.get("method", "cc")
     assert (note["template"], note["method"]) == (trained.template, method)
     assert all(note["arguments"][name] == value for name, value in trained.options.items())
-    assert note.get("languages") == (["de", "en", "hi", "sw"] if method == "cc" else None)
     assert f"template {trained.template}, {len(trained.steps)} steps" in trained.said
-    assert (trained.out / "cctuning.safetensors").exists() == (method == "cc")
     printed = [int(step) for step in re.findall(r"^step +(\d+)/", trained.said, re.MULTILINE)]
     assert printed == sorted({*range(10, len(trained.steps), 10), len(trained.steps)})
 
 
-# ---------------------------------------------------------------------------------------- options of training
+# ----------------------------------------------------------------------------------- options of training
 
 def test_bfloat16(checkpoint, tmp_path, ran):
-    """Catches a --dtype that computes in float32, weights that are trained or fitted in bfloat16, and a
-    weight's copy that the English pass made without a graph and that keeps its gradient from the own-language
-    pass."""
-    data, out = write_data(tmp_path / "data.jsonl", SAMPLES), {}
+    """Catches a --dtype that computes in float32, weights trained or fitted in bfloat16, and a copy of a
+    weight that the English pass made without a graph and that keeps out its gradient."""
+    data, found = write_data(tmp_path / "data.jsonl", SAMPLES), []
     for dtype in ("float32", "bfloat16"):
-        out[dtype] = tmp_path / dtype
-        ran(*training(checkpoint(), data, out[dtype], dtype=dtype, lr=1e-3, ridge=0.1))
-    exact, low = (losses(out[dtype]) for dtype in out)
-    assert 1e-4 < np.abs(low / exact - 1).max() < 0.02
-    before, exact, low = (tensors(folder) for folder in (checkpoint(), *out.values()))
-    for name, weight in low.items():
+        ran(*training(checkpoint(), data, tmp_path / dtype, dtype=dtype, lr=1e-3, ridge=0.1))
+        found.append(tensors(tmp_path / dtype))
+    changes = losses(tmp_path / "bfloat16") / losses(tmp_path / "float32") - 1
+    assert 1e-4 < np.abs(changes).max() < 0.02
+    for name, weight in found[1].items():
         assert weight.dtype == torch.float32 and not weight.equal(weight.bfloat16().float()), name
-        start = before.get(name, 0)
-        moves = [(t[name] - start).flatten() for t in (exact, low)]
+        start = tensors(checkpoint()).get(name, torch.zeros(1))
+        moves = [(t[name] - start).flatten() for t in found]
         assert torch.cosine_similarity(*moves, dim=0) > 0.95, name
 
 
 def test_checkpoint_activations(checkpoint, tmp_path, ran):
-    """Catches a layer that is not computed again, or an option that is parsed and then saves no memory: each
-    product with a weight is to be done twice, the head's once, with the same losses."""
-    data, counts = write_data(tmp_path / "data.jsonl", PAIRS), {}
-    for option in (False, True):
-        calls = counts[option] = Counter()
-
-        def count(module, _, calls=calls):
-            calls.update([module] * isinstance(module, torch.nn.Linear))
-        handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
-        out = tmp_path / str(option)
-        ran(*training(checkpoint(), data, out, method="sft", checkpoint_activations=option))
-        handle.remove()
-    assert sorted(counts[False].values()) == [2] * (4 * 7 + 1)  # steps
-    assert sorted(counts[True].values()) == [2] + [4] * (4 * 7)
-    assert np.abs(losses(tmp_path / "True") - losses(tmp_path / "False")).max() < 1e-5
+    """Catches an option that saves no memory: each product of a layer with a weight is to be done twice."""
+    data, counts = write_data(tmp_path / "data.jsonl", PAIRS), Counter()
+    handle = register_module_forward_pre_hook(
+        lambda module, _: counts.update([module] * isinstance(module, torch.nn.Linear)))
+    ran(*training(checkpoint(), data, tmp_path / "out", method="sft", checkpoint_activations=True))
+    handle.remove()
+    assert sorted(counts.values()) == [2] + [4] * (4 * 7)  # of 2 steps; the head's once
 
 
-def test_same_seed_same_run(checkpoint, tmp_path, ran):
-    """Catches randomness outside the seed."""
+def test_another_ablation(checkpoint, tmp_path, ran):
+    """Catches an ablation forgotten when its matrix is fitted again, and a model trained without a Decision
+    Maker that cannot be trained on with one."""
     data = write_data(tmp_path / "data.jsonl", PAIRS)
-    for out in "ab":
-        ran(*training(checkpoint(**SMALL), data, tmp_path / out, seed=1, epochs=1))
-    assert same(tmp_path / "a", tmp_path / "b")
+    for out, model, options in (("mean", checkpoint(**SMALL), {"source_layer": "mean"}),
+                                ("fit", tmp_path / "mean", {"epochs": 0, "ridge": 0.1}),
+                                ("new", tmp_path / "mean", {"source_layer": "decision_maker"})):
+        ran(*training(model, data, tmp_path / out, **options))
+    assert [noted(tmp_path / out)["source_layer"] for out in ("fit", "new")] == ["mean", "decision_maker"]
+    assert tensors(tmp_path / "new")["decision_maker.weight"].any()
 
 
-def test_only_the_matrix(checkpoint, tmp_path, ran):
-    """Catches --epochs 0 that changes weights or the Decision Maker, a fit on English prompts, on too few, on
-    the first ones, on the same for every seed, or on what it is measured on (R^2 would be 1 here)."""
+# --------------------------------------------------------------------------------- data of the matrix
+
+def fit_and_test(ran, model, data, out, prompts, **options):
+    """Numbers of the prompts, or texts, that --epochs 0 fits the matrix on and measures it on."""
+    with reading() as calls:
+        ran(*training(model, data, out, epochs=0, **options))
+    order, note = found_in(calls, prompts), noted(out)["matrix"]
+    assert note["prompts"] + note["held_out"] == len(order)
+    return order[:note["prompts"]], order[note["prompts"]:]
+
+
+@pytest.fixture(scope="module")
+def tuned(ran, checkpoint, tmp_path_factory):
+    """A trained model. Do not change it."""
+    folder = tmp_path_factory.mktemp("tuned")
+    ran(*training(checkpoint(), write_data(folder / "few.jsonl", PAIRS), folder / "model", epochs=1))
+    return folder / "model"
+
+
+def test_only_the_matrix(tuned, tmp_path, ran):
+    """Catches --epochs 0 that changes weights or the Decision Maker, a fit on English prompts, on too few,
+    on the first ones or on the same for every seed."""
     pairs = [(f"{'swali' if i % 4 else 'question'} {i}", f"question {i}", "jibu", "") for i in range(60)]
-    data, model, read = write_data(tmp_path / "data.jsonl", pairs), tmp_path / "model", []
-    ran(*training(checkpoint(), write_data(tmp_path / "few.jsonl", PAIRS), model, epochs=1))
-    foreign = [prompt if i % 4 else [] for i, (prompt, *_) in enumerate(encoded(checkpoint(), pairs))]
+    data, fits = write_data(tmp_path / "data.jsonl", pairs), []
+    prompts = [prompt if i % 4 else [] for i, (prompt, *_) in enumerate(encoded(tuned, pairs))]
     for seed in (0, 1):
         out = tmp_path / f"{seed}"
-        with reading() as calls:
-            ran(*training(model, data, out, epochs=0, matrix_prompts=8, seed=seed))
-        read.append(found_in(calls, foreign))
-        note, before, after = noted(out)["matrix"], tensors(model), tensors(out)
-        assert before.keys() == after.keys()
-        assert [name for name in before if not before[name].equal(after[name])] == ["transform_matrix"]
-        assert (note["prompts"], note["held_out"]) == (8, 9) and max(note["r_squared"]) < 0.9
-        assert len(set(read[-1])) == len(read[-1]) == 17 and all(i % 4 for i in read[-1])
-        assert max(read[-1][:8]) > 30 and max(read[-1][8:]) > 30  # a draw, of the fit and of what is kept out
-    assert set(read[0][:8]) != set(read[1][:8])
+        fit, test = fit_and_test(ran, tuned, data, out, prompts, matrix_prompts=8, seed=seed)
+        before, after = tensors(tuned), tensors(out)
+        assert [name for name in after if not before[name].equal(after[name])] == ["transform_matrix"]
+        assert len(fit) == 8 and len(test) == 9 and len({*fit, *test}) == 17 and len(after) == len(before)
+        assert max(fit) > 30 and max(test) > 30  # a draw
+        fits.append(set(fit))
+    assert fits[0] != fits[1]
 
 
-# ------------------------------------------------------------------------------------------------------- data
+def test_what_is_held_out(tuned, tmp_path, ran):
+    """Catches R^2 measured on what the fit has seen: a prompt with several answers, or one English prompt
+    in several languages; and a fit on the same prompt several times."""
+    own = [(f"{word} {i}", f"question {i % 20}", f"jibu {n}", "sw") for n in range(3)
+           for word in ("swali", "frage") for i in range(40)]  # 80 prompts, 3 answers each, 20 versions
+    prompts = [prompt for prompt, *_ in encoded(tuned, own)][:80]
+    fit, test = fit_and_test(ran, tuned, write_data(tmp_path / "data.jsonl", own), tmp_path / "out", prompts)
+    assert len(set(fit)) == len(fit) and len(set(test)) == len(test) > 3
+    assert not {i % 20 for i in fit} & {i % 20 for i in test}  # 40 is a multiple of 20
+
+
+@pytest.mark.parametrize("lang", ["EN", "eng", "en-US", "eng_Latn"])
+def test_english_under_its_codes(tuned, tmp_path, ran, lang):
+    """Catches English samples whose versions differ by a space fitted as another language."""
+    pairs = [(f"question {i} ", f"question {i}", "answer", lang) for i in range(9)]
+    pairs += [(f"swali {i}", f"question {i}", "jibu", "enm") for i in range(9)]  # enm: Middle English
+    fit_and_test(ran, tuned, write_data(tmp_path / "data.jsonl", pairs), tmp_path / "out",
+                 [prompt for prompt, *_ in encoded(tuned, pairs)][9:])
+
+
+# ---------------------------------------------------------------------------------------------- data
 
 @pytest.mark.parametrize("batch_size", [4, 50])
 def test_order(checkpoint, tmp_path, ran, batch_size):
@@ -325,99 +341,82 @@ def test_order(checkpoint, tmp_path, ran, batch_size):
 
 
 LONG = [("fupi", "a longer question: " + "what? " * 9, "jibu refu " * 30, "sw"),
-        ("fupi", "long " * 80, "jibu", "sw"),
-        ("ndefu " * 40, "short", "jibu", "sw"),
-        ("nini " * 20, "what", "jibu", "sw")]
+        ("fupi", "long " * 80, "jibu", "sw"), ("ndefu " * 40, "short", "jibu", "sw"),
+        ("nini " * 20, "what", "jibu", "sw")]  # prompts of 6, 6, 163 and 43 tokens; English 62, 323, 7, 6
 
 
-@pytest.mark.parametrize("length, kept, cut", [
-    (43, [], 0), (44, [3], 1), (61, [3], 0), (62, [0, 3], 1), (162, [0, 3], 1)])
-def test_lengths(checkpoint, tmp_path, run, length, kept, cut):
-    """Catches a prompt that is cut instead of left out, or kept without a token of its answer, an English
-    prompt held to the other language's length or left out at --max_length, an answer that is not cut there,
-    and silence on it."""
-    folder = checkpoint(**SMALL)
-    rows = encoded(folder, LONG)
-    assert [len(own) for own, *_ in rows] == [6, 6, 163, 43]
-    assert [len(english) for _, english, *_ in rows] == [62, 323, 7, 6]
+@pytest.mark.parametrize("model, given, kept, cut", [
+    (256, 43, [], 0), (256, 44, [3], 1), (256, 61, [3], 0), (256, 62, [0, 3], 1), (256, 162, [0, 3], 1),
+    (62, False, [0, 3], 1)])
+def test_lengths(checkpoint, tmp_path, run, model, given, kept, cut):
+    """Catches a prompt cut instead of left out, or kept without a token of its answer, an English prompt
+    held to the other language's length or left out at --max_length, an answer not cut there or where the
+    model ends, and silence on it."""
+    folder, length = checkpoint(max_position_embeddings=model, **SMALL), given or model
+    data, rows = write_data(tmp_path / "data.jsonl", LONG), encoded(folder, LONG)
     with reading() as calls:
-        data = write_data(tmp_path / "data.jsonl", LONG)
-        code, said, err = run(*training(folder, data, tmp_path / "out", max_length=length, epochs=1))
+        code, said, err = run(*training(folder, data, tmp_path / "out", max_length=given, epochs=1))
     assert sorted(found_in(calls[:3], [(own + answer)[:length] for own, _, answer, _ in rows])) == kept
-    if kept:
-        assert code == 0 and f"{4 - len(kept)} of 4 samples dropped" in said
-        assert re.findall(r"\d+ answers cut at \d+", said) == [f"{cut} answers cut at {length}"] * (cut > 0)
-    else:
-        assert code == 2 and f"all 4 prompts are too long for --max_length {length}" in err
-
-
-@pytest.mark.parametrize("limit, length", [(2048, 1024), (96, 96)])
-def test_default_length(tmp_path, ran, limit, length):
-    """Catches answers of more than 1024 tokens, or than the model takes, where --max_length is not given."""
-    folder = write_checkpoint(tmp_path / "model", max_position_embeddings=limit, **SMALL)
-    data = write_data(tmp_path / "data.jsonl", [("nani?", "who?", "mimi " * 1200, "sw")])
-    with reading() as calls:
-        ran(*training(folder, data, tmp_path / "out", epochs=1))
-    assert max(len(row) for call in calls if isinstance(call[0], list) for row in call) == length
+    assert code == (0 if kept else 2) and re.search(
+        f"{4 - len(kept)} of 4 samples dropped" if kept else f"all 4 prompts .* {length}", said + err)
+    assert re.findall(r"\d+ answers cut at \d+", said) == [f"{cut} answers cut at {length}"] * (cut > 0)
 
 
 def test_schema(checkpoint, tmp_path, ran):
-    """Catches a JSON list read otherwise than JSON lines, an "input" that is lost in training or in
-    answering, and English samples that are not seen as such."""
+    """Catches an "input" lost in training or in answering, or appended to an English version of its own,
+    English samples that are not seen as such, and a JSON list with a line before it."""
     folder = write_connection(write_checkpoint(tmp_path / "model", **SMALL))
     lines = [{"instruction": "Jibu:", "input": "2 + 3", "output": "5", "instruction_en": "Answer: 2 + 3"},
              {"instruction": "Answer:", "input": "2 + 3", "output": "5", "instruction_en": "Answer:"},
              {"instruction": "Say: 5", "output": "5", "instruction_en": "Say 5", "lang": "en", "input": " "}]
-    (tmp_path / "list.json").write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")
-    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "data.json").write_text("\n" + json.dumps(lines, indent=1))
     prompts = [prompt_ids(folder, text)[0] for text in
                ("Jibu:\n2 + 3", "Answer:\n2 + 3", "Say: 5", "Answer: 2 + 3", "Say 5")]
-    for name in ("list.json", "lines.jsonl"):
-        with reading() as calls:
-            ran(*training(folder, tmp_path / name, tmp_path / name[:4], epochs=1))
-        assert {1, 3, 4} <= set(found_in(calls[:2], prompts))  # the English pass
-        assert noted(tmp_path / name[:4])["matrix"]["prompts"] == 1
-        with reading() as calls:
-            ran("infer", "--model", folder, "--input", tmp_path / name, "--connection=english",
-                "--max_new_tokens=1")
-        assert sorted(found_in(calls, prompts)) == [0, 1, 1, 2, 3, 4]
-    assert same(tmp_path / "list", tmp_path / "line")
+    with reading() as calls:
+        ran(*training(folder, tmp_path / "data.json", tmp_path / "out", epochs=1))
+    assert {1, 3, 4} <= set(found_in(calls[:2], prompts))  # the English pass
+    assert noted(tmp_path / "out")["matrix"]["prompts"] == 1
+    with reading() as calls:
+        ran("infer", "--model", folder, "--input", tmp_path / "data.json", "--connection=english",
+            "--max_new_tokens=1")
+    assert sorted(found_in(calls, prompts)) == [0, 1, 1, 2, 3, 4]
 
 
-# --------------------------------------------------------------------------------------------------- defaults
+def test_plain_fine_tuning_without_english_versions(tmp_path, ran, checkpoint):
+    """Catches --method sft that asks for instruction_en, which the paper's own file for it lacks, or uses
+    it."""
+    for name in ("with", "without"):
+        lines = json_lines(write_data(tmp_path / name))
+        left = [{key: value for key, value in line.items() if name == "with" or key != "instruction_en"}
+                for line in lines]
+        (tmp_path / name).write_text(json.dumps(left))
+        ran(*training(checkpoint(**SMALL), tmp_path / name, tmp_path / f"out {name}", method="sft"))
+    assert worst_difference(tensors(tmp_path / "out with"), tensors(tmp_path / "out without")) == 0
 
-DEFAULTS = {  # what --help and README.md promise
-    "out": "out", "max_shard_size": 5.0, "method": "cc", "epochs": 3, "batch_size": 128, "lr": 1e-5,
-    "seed": 0, "matrix_prompts": 1000, "ridge": 0.0, "micro_batch": 8, "keep": 2, "log_every": 10}
 
+# ------------------------------------------------------------------------------------------ defaults
 
-def promised(ran):
-    """{option: what --help says between "(default: " and ")"}."""
-    options = (re.sub(r"\s+", " ", text) for text in ran("train", "--help").split("\n  --")[1:])
-    return {text.split()[0]: text.partition("(default: ")[2].split(")")[0] for text in options}
+DEFAULTS = {"out": "out", "method": "cc", "epochs": 3, "batch_size": 128, "lr": 1e-5, "max_length": 1024,
+            "seed": 0, "matrix_prompts": 1000, "ridge": 0.0, "micro_batch": 8}
 
 
 def test_defaults(checkpoint, tmp_path, ran, monkeypatch):
     """Catches a default that is not the one of README.md and --help, or that is said and not used."""
-    data, told = write_data(tmp_path / "data.jsonl", PAIRS), promised(ran)
-    model = checkpoint(**SMALL)
+    text = re.sub(r"\s*\n {4,}", " ", ran("train", "--help"))
+    told = dict(re.findall(r"\n  --(\w+)[^\n]*?\(default: (.*?)\)", text))
     monkeypatch.chdir(tmp_path)
-    said = ran("train", "--model", model, "--data", data)
+    said = ran("train", "--model", checkpoint(**SMALL), "--data", write_data(tmp_path / "data.jsonl", PAIRS))
     used = noted(tmp_path / "out")["arguments"]
     for name, value in DEFAULTS.items():
         assert used[name] == value and told[name] in (str(value), repr(value)), name
     assert not any(used[name] for name in ("english_grad", "checkpoint_activations", "overwrite", "resume"))
-    assert told["max_length"] == "1024, or what the model takes" and used["max_length"] is None
     assert len(losses(tmp_path / "out")) == 3 and logged(tmp_path / "out", "lr")[0] == 1e-5
     assert "cc on 1 x cpu, float32: 6 samples" in said or torch.cuda.is_available()
 
 
-def test_embedded_defaults(checkpoint, tmp_path, ran, run, stop_at):
-    """Catches other settings for the run without --model and --data than --help says, and one that replaces
-    another model than an earlier one's."""
-    given = dict(re.findall(r"--(\w+) (\S+)", promised(ran)["data"]))
-    assert {name: float(value) for name, value in given.items()} == {
-        "epochs": 2, "batch_size": 32, "micro_batch": 32, "lr": 1e-4}
+def test_the_built_in_run(tmp_path, run, stop_at):
+    """Catches other settings for the run without --model and --data than README.md says, and data/tuned
+    refused by the command that made it."""
     out = shutil.copytree(ROOT / "data" / "tuned", tmp_path / "out")
     stop_at(1, signal.SIGINT)
     with reading() as calls:
@@ -426,16 +425,3 @@ def test_embedded_defaults(checkpoint, tmp_path, ran, run, stop_at):
     count = 2 * math.ceil(len((ROOT / "data" / "train.jsonl").read_text().splitlines()) / 32)
     assert f" of {count}, saved" in said and max(len(call) for call in calls) == 32
     assert logged(out, "lr")[0] == pytest.approx(1e-4 / math.ceil(count / 10))
-    code, _, err = run("train", "--out", shutil.copytree(checkpoint(), tmp_path / "other"))
-    assert code == 2 and "other/config.json: was not written by train.py" in err
-
-
-def test_plain_fine_tuning_without_english_versions(tmp_path, ran, checkpoint):
-    """Catches --method sft that asks for instruction_en, which the paper's own file for it lacks, or that uses it."""
-    runs = []
-    for name, keys in (("with", ("instruction", "instruction_en", "output")), ("without", ("instruction", "output"))):
-        lines = [json.dumps(dict(zip(keys, pair if name == "with" else pair[::2], strict=False))) for pair in PAIRS]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-        ran(*training(checkpoint(**SMALL), tmp_path / f"{name}.jsonl", tmp_path / name, method="sft"))
-        runs.append(tensors(tmp_path / name))
-    assert all(runs[0][key].equal(runs[1][key]) for key in runs[0])
