@@ -51,7 +51,8 @@ def test_prompts(folder):
     pytest.importorskip("tokenizers", reason="optional package: only tokenizer.json needs it")
     tokenizer = Tokenizer(folder, Config.read(folder))
     for text, (prompt, dialogue) in json.loads((folder / "prompts.json").read_text()).items():
-        assert tokenizer.prompt(text) == prompt and tokenizer.prompt(text) + tokenizer.answer("Nairobi") == dialogue
+        assert tokenizer.prompt(text) == prompt
+        assert prompt + tokenizer.answer("Nairobi") == dialogue
     assert tokenizer.connection_index == -1  # [/INST]: the token before it is the user's
 
 
