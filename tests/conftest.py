@@ -13,7 +13,7 @@
     test_infer.py         infer.py: decoding, sampling, batches, input and output
     test_eval.py          eval.py: parsing of answers, metrics, likelihoods, intervals, tables
     test_data.py          the built-in data, and data/README.md's converter
-    test_pictures.py      data/plot.py, and the notebook's numbers against the code
+    test_pictures.py      data/plot.py and data/walkthrough.ipynb
     test_readme.py        README.md's table, options, links and recipes
     conftest.py           this file: files to test on, running the scripts, reading what they wrote
     calls.py              all calls that tests make to the model itself
