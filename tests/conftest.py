@@ -12,6 +12,7 @@
     test_resume.py        checkpoints, signals and --resume
     test_infer.py         infer.py: decoding, sampling, batches, input and output
     test_eval.py          eval.py: parsing of answers, metrics, likelihoods, intervals, tables
+    test_connected.py     the connection in transformers (data/connected.py) against infer.py's
     test_data.py          the built-in data, and data/README.md's converter
     test_pictures.py      data/plot.py and data/walkthrough.ipynb
     test_readme.py        README.md's table, options, links and recipes
@@ -26,6 +27,7 @@
       mutants.py            puts the bugs of mutants.json in, one at a time: do the tests catch them?
       miniature.py          SFT against CC-Tuning on the built-in data: the table in README.md
       make_paper_files.py   the paper's data files at toy size, for .ci/run
+      lm_eval_task.py       likelihoods against lm-evaluation-harness
       real_weights.py       checks on checkpoints that are too large to ship
 
 Every test has explicit seeds and runs in float32 unless it says otherwise.
