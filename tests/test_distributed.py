@@ -70,7 +70,7 @@ def several(request, alone, tmp_path_factory):
     world, folder = request.param, tmp_path_factory.mktemp("several")
     commands = [alone.train(folder / method, method, **own) for size, method, own in CASES if size == world]
     commands += [alone.train(folder / "low", "cc", dtype="bfloat16"), *alone.others(folder)]
-    done = launch(folder, world, commands, before=WATCH, after=SEEN)
+    done = launch(folder, world, commands, before=WATCH, after=SEEN, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = [json.loads((folder / f"worker.py.{rank}").read_text()) for rank in range(world)]
     return SimpleNamespace(world=world, folder=folder, seen=seen)
