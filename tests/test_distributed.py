@@ -45,8 +45,7 @@ SEEN = 'json.dump([groups, steps], open(f"{__file__}.{os.environ[\'RANK\']}", "w
 
 @pytest.fixture(scope="module")
 def alone(ran, tmp_path_factory):
-    """The runs of one process, 21 steps of 6, 6 and 1 samples in turn each. train, others: the same for
-    several, into another folder."""
+    """The runs of one process, of 21 steps each; train and others make the commands for several."""
     base = tmp_path_factory.mktemp("alone")
     model, data = write_checkpoint(base / "model"), write_data(base / "data.jsonl", UNEVEN)
     held = write_data(base / "held.jsonl", [(own + "?", *rest) for own, *rest in PAIRS[:5]])
@@ -70,7 +69,7 @@ def several(request, alone, tmp_path_factory):
     world, folder = request.param, tmp_path_factory.mktemp("several")
     commands = [alone.train(folder / method, method, **own) for size, method, own in CASES if size == world]
     commands += [alone.train(folder / "low", "cc", dtype="bfloat16"), *alone.others(folder)]
-    done = launch(folder, world, commands, before=WATCH, after=SEEN)
+    done = launch(folder, world, commands, before=WATCH, after=SEEN, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = [json.loads((folder / f"worker.py.{rank}").read_text()) for rank in range(world)]
     return SimpleNamespace(world=world, folder=folder, seen=seen)
@@ -231,8 +230,7 @@ REST = 2 * 128256 * 4096 + 4096
     ({"dtype": "float32"}, 8, 4 * (REST + 2 * LAYER), 8 * REST, 4096),
     ({"micro_batch": 8, "batch_size": 24, "max_length": 512}, 8, 2 * (REST + 2 * LAYER), 6 * REST, 1536)])
 def test_memory_plan(tmp_path, ran, options, world, copies, reduced, tokens):
-    """Catches a plan that forgets one of the things a process holds (test_each_process_holds_a_share), or
-    counts it otherwise. For Llama-3.1-8B, in bytes."""
+    """Catches a plan that forgets or miscounts what a process holds. For Llama-3.1-8B, in bytes."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     options = {"dtype": "bfloat16", "micro_batch": 4, **options, "memory_plan": world}
     said = ran("train", "--model", tmp_path, *(f"--{name}={value}" for name, value in options.items()))

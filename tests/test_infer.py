@@ -135,8 +135,7 @@ def test_dtype(connected, ask, tmp_path):
 
 
 def test_default_connection(connected, ask, tmp_path, run):
-    """Catches a matrix that is not used unless asked for, and a checkpoint without one that answers
-    unconnected in silence, also from Python."""
+    """Catches a matrix not used unless asked for, and answers without one in silence, also from Python."""
     texts = [[line["answer"] for line in ask(connected("llama3"), RECORDS, "--max_new_tokens=9", *option)]
              for option in ([], ["--connection=matrix"], ["--connection=none"])]
     assert texts[0] == texts[1] != texts[2]
@@ -152,8 +151,7 @@ def test_default_connection(connected, ask, tmp_path, run):
 
 
 def test_from_python(connected):
-    """Catches answers in another order than the texts, a text taken for a list of letters, an English
-    version left out."""
+    """Catches answers in another order than the texts, and a text taken for a list of letters."""
     folder, texts = connected("chatml"), [own for own, *_ in PAIRS]
     versions = {"english": [english for _, english, *_ in PAIRS], "matrix": [None] * len(PAIRS)}
     for connection, english in versions.items():
@@ -167,8 +165,7 @@ def test_from_python(connected):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_connection_costs_a_few_tokens(connected, run, monkeypatch, template):
-    """Catches a second pass over the whole prompt: only the tokens from the connection position on run
-    again."""
+    """Catches a second pass over more than the tokens from the connection position on."""
     folder, prompt = connected(template), "Nini mji mkuu wa Kenya, na wa India? " * 3
     widths, ffn = [], MLP.forward
 
@@ -202,8 +199,7 @@ def test_length_of_answers(tmp_path, ask):
 
 @pytest.mark.parametrize("room, code", [(1, 0), (0, 2), (-5, 2)])
 def test_length_of_prompts(tmp_path, run, room, code):
-    """Catches a prompt, also an English one, that is refused although a token of an answer fits, or taken
-    although none does."""
+    """Catches a prompt, also English, refused although a token of an answer fits, or taken otherwise."""
     text = "Mji mkuu wa Kenya " * 30
     folder = write_connection(write_parrot(tmp_path / "model", {"Say:": "ha"}))
     size, config = len(prompt_ids(folder, text)[0]), json.loads((folder / "config.json").read_text())
@@ -290,8 +286,7 @@ def test_batch_size(dice, ask, option, rows):
 # ------------------------------------------------------------------------------------ the command line
 
 def test_prompt_streams(tmp_path, run):
-    """Catches a stream that loses spaces or differs from the answer in one piece, and --explain without
-    its layer."""
+    """Catches a stream that differs from the answer in one piece, and --explain without its layer."""
     folder, (own, english, *_) = write_checkpoint(tmp_path / "model", "llama3", seed=4), PAIRS[0]
     write_connection(folder)
     text, chances = expected_answer(folder, "llama3", own, count=25, stop=[2])
@@ -395,8 +390,7 @@ def test_at_a_terminal(tmp_path, run, monkeypatch):
 
 
 def test_default_model(tmp_path, run, monkeypatch):
-    """Catches a model in `out`, just trained, that is not the one asked, half a result there that is, and
-    the choice made in silence."""
+    """Catches a model in `out` that is not the one asked, half a result there that is, and silence."""
     monkeypatch.chdir(tmp_path)
     parrot, command = write_parrot(tmp_path / "parrot", {"nini?": "mine"}), ["infer", "--prompt=Hii ni nini?"]
     (tmp_path / "out").mkdir()
@@ -412,8 +406,7 @@ def test_default_model(tmp_path, run, monkeypatch):
 
 @pytest.mark.parametrize("lang", ["sw", "hi"])
 def test_built_in_questions(run, ask, lang):
-    """Catches right answers or English versions of other questions, questions of another language, and a
-    default other than Swahili."""
+    """Catches answers or English versions of other questions or languages, and another default."""
     tuned, test = ROOT / "data" / "tuned", ROOT / "data" / "test" / "facts"
     options = ["--max_new_tokens=4", "--connection=english"]
     given = [] if lang == "sw" else [f"--lang={lang}"]

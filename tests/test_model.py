@@ -128,8 +128,7 @@ def in_dtype(stored):
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16", "mixed"])
 @pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_loaded_in_the_dtype_asked_for(checkpoint, tmp_path, stored, asked):
-    """Catches an ignored dtype, and a mixed checkpoint that stays mixed: with no dtype given, all weights
-    take the embedding's."""
+    """Catches an ignored dtype, and a mixed checkpoint that does not take the embedding's dtype."""
     folder = rewritten(checkpoint(), tmp_path / "model", in_dtype(stored))
     found, weights = dict(load_model(folder, asked).named_parameters()), tensors(folder)
     dtype = asked or weights["model.embed_tokens.weight"].dtype

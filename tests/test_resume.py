@@ -152,8 +152,7 @@ def test_what_may_not_change(runs, go_on, tmp_path, name):
 
 
 def test_what_may_change(runs, go_on, tmp_path):
-    """Catches an option refused that changes no result, one that changes it, and a --dtype that is
-    compared as written and not as meant."""
+    """Catches an option refused that changes no result, and a --dtype compared as written, not meant."""
     meant = {} if torch.cuda.is_available() else {"dtype": False}  # on a CPU, float32 is the default
     code, said, err = go_on(**FREE, **meant, eval_data=runs.data)
     assert code == 0 and "resumed after step 7" in said, err

@@ -40,8 +40,7 @@ def noted(folder):
 
 
 def encoded(folder, pairs, template="plain"):
-    """(prompt, English prompt, answer with its end of turn, connection position from the prompt's end) of
-    each pair."""
+    """[(prompt, English prompt, answer, connection position from the prompt's end)] of pairs, as ids."""
     sp, rows = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), []
     for own, english, answer, _ in pairs:
         prompt, index, turn = prompt_ids(folder, own, template)
@@ -142,8 +141,7 @@ def test_steps(trained):
 
 
 def test_saved_weights(trained):
-    """Catches weights trained in the dtype they are stored in, or saved in another, a Decision Maker left
-    out or rounded."""
+    """Catches weights trained in their stored dtype, or saved in another, a Decision Maker left out."""
     found, stored = tensors(trained.out), tensors(trained.folder)
     for name, weight in trained.model.tensors.items():
         kept = stored[name].dtype if name in stored else torch.float32
@@ -252,8 +250,7 @@ def test_checkpoint_activations(checkpoint, tmp_path, ran):
 
 
 def test_another_ablation(checkpoint, tmp_path, ran):
-    """Catches an ablation forgotten when its matrix is fitted again, and a model trained without a Decision
-    Maker that cannot be trained on with one."""
+    """Catches an ablation forgotten at the next fit, and one that cannot be trained on as another."""
     data = write_data(tmp_path / "data.jsonl", PAIRS)
     for out, model, options in (("mean", checkpoint(**SMALL), {"source_layer": "mean"}),
                                 ("fit", tmp_path / "mean", {"epochs": 0, "ridge": 0.1}),
@@ -323,8 +320,7 @@ def test_english_under_its_codes(tuned, tmp_path, ran, lang):
 
 @pytest.mark.parametrize("batch_size", [4, 50])
 def test_order(checkpoint, tmp_path, ran, batch_size):
-    """Catches samples lost or seen twice in an epoch, an order that repeats or follows length, and rows of
-    very different length together."""
+    """Catches samples lost or doubled, an order that repeats or follows length, and much padding."""
     rng = np.random.default_rng(0)
     pairs = [(f"{i}", "x", "mbili " * int(n), "sw") for i, n in enumerate(rng.integers(1, 60, 150))]
     data, folder = write_data(tmp_path / "data.jsonl", pairs), checkpoint(**SMALL)
@@ -383,8 +379,7 @@ def test_schema(checkpoint, tmp_path, ran):
 
 
 def test_plain_fine_tuning_without_english_versions(tmp_path, ran, checkpoint):
-    """Catches --method sft that asks for instruction_en, which the paper's own file for it lacks, or uses
-    it."""
+    """Catches --method sft that asks for instruction_en, which the paper's own file lacks, or uses it."""
     for name in ("with", "without"):
         lines = json_lines(write_data(tmp_path / name))
         left = [{key: value for key, value in line.items() if name == "with" or key != "instruction_en"}
@@ -415,8 +410,7 @@ def test_defaults(checkpoint, tmp_path, ran, monkeypatch):
 
 
 def test_the_built_in_run(tmp_path, run, stop_at):
-    """Catches other settings for the run without --model and --data than README.md says, and data/tuned
-    refused by the command that made it."""
+    """Catches other settings than README.md says, and data/tuned refused by its own command."""
     out = shutil.copytree(ROOT / "data" / "tuned", tmp_path / "out")
     stop_at(1, signal.SIGINT)
     with reading() as calls:
