@@ -177,8 +177,9 @@ def explained(model, rows, matrix):
 
 def test_matrix_and_validation(trained):
     """Catches a matrix fitted at another position, on English prompts, from English to own language,
-    without its ridge or with what it is measured on; a validation loss that is no mean over answer tokens,
-    comes at other steps than an epoch's last, or has another connection than it says."""
+    without its ridge, with what it is measured on or with the sums of before training; a validation loss
+    that is no mean over answer tokens, comes at other steps than an epoch's last, or has another connection
+    than it says."""
     model, method = trained.model, trained.options.get("method", "cc")
     each = [entry for entry in json_lines(trained.out / "train_log.jsonl") if "eval_loss" in entry]
     last = each.pop()["eval_loss"]
@@ -189,6 +190,8 @@ def test_matrix_and_validation(trained):
     if method == "cc":
         foreign = [row for row, pair in zip(trained.rows, SAMPLES, strict=True) if pair[0] != pair[1]]
         order = found_in(trained.calls, [prompt for prompt, *_ in foreign])  # first the fit's, then others
+        assert order[:10] == order[10:]  # before and after training
+        order, start = order[:10], Reference(trained.folder)
         note, saved = noted(trained.out)["matrix"], tensors(trained.out)["transform_matrix"]
         size = note["prompts"]
         fit, test = [foreign[i] for i in order[:size]], [foreign[i] for i in order[size:]]
@@ -197,6 +200,8 @@ def test_matrix_and_validation(trained):
         assert saved.dtype == torch.float32 and (saved - matrix).abs().max() < 1e-3 * matrix.abs().max()
         if len({tuple(english) for _, english, *_ in test}) > 1:  # else nothing to explain
             assert note["r_squared"] == pytest.approx(explained(model, test, matrix), abs=2e-3)
+            before = explained(start, test, fitted(start, fit, 0.1))
+            assert note["r_squared_before"] == pytest.approx(before, abs=2e-3)
         model.tensors["transform_matrix"] = matrix.float()
     assert last == {c: pytest.approx(mean_loss(model, trained.held, c), abs=1e-4) for c in connections}
 
