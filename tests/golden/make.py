@@ -4,8 +4,8 @@
     pip install transformers==4.46.3 && python tests/golden/make.py llama3_blend
 
 transformers 4.46.3 lacks the first three models. README.md says what each tensor is. nemo has a tokenizer
-like Mistral Nemo's (tekken) too: byte-level, [INST] as control tokens without a space after them;
-prompts.json has {text: ids of its prompt, and of prompt and answer}.
+like Mistral Nemo's (tekken) too: byte-level, no space after [INST]; prompts.json has {text: ids of its
+prompt, and of prompt and answer}.
 """
 import json
 import shutil
