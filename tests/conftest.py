@@ -28,8 +28,6 @@
       make_paper_files.py   the paper's data files at toy size, for .ci/run
       real_weights.py       checks on checkpoints that are too large to ship
 
-Every test has explicit seeds and runs in float32 unless it says otherwise.
-
     python -m pytest -q                # quick tests; the six packages are enough
     python -m pytest -q -m optional    # those that need another package: transformers, tokenizers, ...
     python -m pytest -q -m slow        # several processes, or more than a few seconds
@@ -108,10 +106,7 @@ def tokenizer_json(folder, control=(), bos="<s>"):
 
 
 def write_checkpoint(folder, template="plain", kind="sentencepiece", seed=0, **changes):
-    """A Hugging Face folder of random weights, whose tokenizer has the template's control tokens.
-
-    kind: "sentencepiece", or "tokenizers" in a test marked optional.  changes: of config.json.
-    """
+    """A folder of random weights, its tokenizer with the template's control tokens. changes: of config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     generator, weights = torch.Generator().manual_seed(seed), {}
@@ -130,14 +125,15 @@ def write_connection(folder, seed=1):
     """Add a Decision Maker and a matrix to a checkpoint: untrained, but of a size that matters."""
     generator, config = torch.Generator().manual_seed(seed), Config.read(folder)
     layers, width = config.num_hidden_layers, config.hidden_size
-    save_file({"decision_maker.weight": torch.randn(layers, width, generator=generator),
-               "transform_matrix": 5 * torch.randn(width, width, generator=generator)},
+    decision_maker = torch.randn(layers, width, generator=generator)
+    matrix = 5 * torch.randn(width, width, generator=generator)
+    save_file({"decision_maker.weight": decision_maker, "transform_matrix": matrix},
               folder / "cctuning.safetensors")
     return folder
 
 
 def write_parrot(folder, says, **changes):
-    """A checkpoint whose answers are known: attention and FFN add nothing, a token alone decides on the next.
+    """A checkpoint whose answers are known: attention and FFN add nothing, a token decides on the next.
 
     says: {how a prompt ends: a text, {text: its probability} or a list of these, in turn}.
     """
@@ -168,23 +164,23 @@ def write_parrot(folder, says, **changes):
     return folder
 
 
-def write_data(path, pairs=PAIRS, repeat=1):
+def write_data(path, pairs=PAIRS):
     """Training samples, in the schema of train.py."""
     fields = ("instruction", "instruction_en", "output", "lang")
-    lines = [json.dumps(dict(zip(fields, pair, strict=True)), ensure_ascii=False) for pair in pairs * repeat]
+    lines = [json.dumps(dict(zip(fields, pair, strict=True)), ensure_ascii=False) for pair in pairs]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
-def write_benchmark(folder, task="XNLI", langs=("en", "sw"), items=5, sample="_sample"):
-    """Prompts and gold answers, in the layout of eval.py."""
-    for lang in langs:
-        values = {"split": [{"instruction": f"{lang} question {i}?"} for i in range(items)],
-                  "ans": [str(i % 3 + 1) for i in range(items)]}
-        for kind, lines in values.items():
-            path = folder / task / (kind + sample) / f"{lang}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(map(json.dumps, lines)))
+def write_benchmark(folder, items=5):
+    """XNLI's prompts and gold answers in English and Swahili, in the layout of eval.py."""
+    for kind in ("split_sample", "ans_sample"):
+        (folder / "XNLI" / kind).mkdir(parents=True, exist_ok=True)
+        for lang in ("en", "sw"):
+            prompts = [json.dumps({"instruction": f"{lang} question {i}?"}) for i in range(items)]
+            golds = [json.dumps(str(i % 3 + 1)) for i in range(items)]
+            lines = prompts if kind == "split_sample" else golds
+            (folder / "XNLI" / kind / f"{lang}.json").write_text("\n".join(lines))
     return folder
 
 
@@ -201,10 +197,7 @@ def checkpoint(tmp_path_factory):
 # ------------------------------------------------------------------------------ running the scripts
 
 def training(model, data, out, **options):
-    """A command line of train.py, for `run` and `launch`.
-
-    options: True is an option without a value, False one that is not given.
-    """
+    """A command line of train.py. options: True is one without a value, False one that is not given."""
     options = {"lr": 1e-2, "epochs": 2, "batch_size": 6, "micro_batch": 6, "matrix_prompts": 40,
                "dtype": "float32", **options}
     flags = [f"--{name}" if value is True else f"--{name}={value}"
@@ -214,10 +207,7 @@ def training(model, data, out, **options):
 
 @pytest.fixture(scope="session")
 def run():
-    """run("train", *arguments): the script's main() in this process, as from the command line.
-
-    Returns (exit code, stdout, stderr).
-    """
+    """run("train", *arguments): (exit code, stdout, stderr) of the script's main() in this process."""
     def call(script, *arguments):
         out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True)
                     for _ in range(2))
@@ -234,7 +224,7 @@ def run():
 
 @pytest.fixture(scope="session")
 def ran(run):
-    """The same for a run that must succeed: returns its stdout, shows stderr where it fails."""
+    """The same for a run that must succeed: its stdout."""
     def call(*command):
         code, out, err = run(*command)
         assert code == 0, err
@@ -244,7 +234,7 @@ def ran(run):
 
 @contextlib.contextmanager
 def reading():
-    """A list that fills with the ids that a model looks up in its embedding, call by call."""
+    """A list that fills with the ids that a model looks up in its embedding."""
     calls = []
 
     def look(module, given):
@@ -275,10 +265,7 @@ def stop_at():
 
 
 def launch(folder, world, commands, before="", after="", timeout=200):
-    """Run (script, *arguments) commands one after the other in `world` processes, started once.
-
-    before, after: code for each process.
-    """
+    """Run commands in `world` processes, started once. before, after: code for each process."""
     lines = [[str(argument) for argument in command] for command in commands]
     (folder / "worker.py").write_text(f"""
 import importlib, os, sys
