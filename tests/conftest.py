@@ -18,19 +18,10 @@
     conftest.py           this file: files to test on, running the scripts, reading what they wrote
     calls.py              all calls that tests make to the model itself
     answers.json          answers of real models and the option that each names, for test_eval.py
-    tools/                run by hand
-      benchmark.py          speed and memory against transformers, plain and hooked
-      hookpeer.py           CC-Tuning by hooks on transformers, for benchmark.py and test_cctuning.py
-      gpu.py                is everything right and fast on a GPU?
-      kill_and_resume.py    SIGKILL at random moments; the end must have the same bits
-      mutants.py            puts the bugs of mutants.json in, one at a time: do the tests catch them?
-      miniature.py          SFT against CC-Tuning on the built-in data: the table in README.md
-      make_paper_files.py   the paper's data files at toy size, for .ci/run
-      real_weights.py       checks on checkpoints that are too large to ship
-
-    python -m pytest -q                # quick tests; the six packages are enough
-    python -m pytest -q -m optional    # those that need another package: transformers, tokenizers, ...
-    python -m pytest -q -m slow        # several processes, or more than a few seconds
+    tools/                run by hand: mutants.py (do the tests catch known bugs?), gpu.py, benchmark.py,
+                          miniature.py (README's table), kill_and_resume.py, real_weights.py (checkpoints too
+                          large to ship), make_paper_files.py (for .ci/run); hookpeer.py: CC-Tuning by hooks
+                          on transformers, for benchmark.py and test_cctuning.py
 """
 import contextlib
 import functools
@@ -106,7 +97,7 @@ def tokenizer_json(folder, control=(), bos="<s>"):
 
 
 def write_checkpoint(folder, template="plain", kind="sentencepiece", seed=0, **changes):
-    """A folder of random weights, its tokenizer with the template's control tokens. changes: of config.json."""
+    """Random weights, and a tokenizer with the template's control tokens. changes: of config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     generator, weights = torch.Generator().manual_seed(seed), {}
@@ -125,9 +116,8 @@ def write_connection(folder, seed=1):
     """Add a Decision Maker and a matrix to a checkpoint: untrained, but of a size that matters."""
     generator, config = torch.Generator().manual_seed(seed), Config.read(folder)
     layers, width = config.num_hidden_layers, config.hidden_size
-    decision_maker = torch.randn(layers, width, generator=generator)
-    matrix = 5 * torch.randn(width, width, generator=generator)
-    save_file({"decision_maker.weight": decision_maker, "transform_matrix": matrix},
+    save_file({"decision_maker.weight": torch.randn(layers, width, generator=generator),
+               "transform_matrix": 5 * torch.randn(width, width, generator=generator)},
               folder / "cctuning.safetensors")
     return folder
 
@@ -150,11 +140,10 @@ def write_parrot(folder, says, **changes):
     sentencepiece_model(folder / "tokenizer.model", whole=[t for t in after if not t.startswith("<0x")])
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     weights = load_file(folder / "model.safetensors")
-    for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name].zero_()
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):
+            weight.zero_()
     weights["model.norm.weight"].fill_(width ** -0.5)  # undoes the norm of a vector with a single 1
-    weights["model.embed_tokens.weight"].zero_()
     weights["lm_head.weight"].fill_(-50)
     for i, (piece, chances) in enumerate(after.items()):
         weights["model.embed_tokens.weight"][sp.piece_to_id(piece.replace(" ", "\u2581")), i] = 1
@@ -176,11 +165,11 @@ def write_benchmark(folder, items=5):
     """XNLI's prompts and gold answers in English and Swahili, in the layout of eval.py."""
     for kind in ("split_sample", "ans_sample"):
         (folder / "XNLI" / kind).mkdir(parents=True, exist_ok=True)
-        for lang in ("en", "sw"):
-            prompts = [json.dumps({"instruction": f"{lang} question {i}?"}) for i in range(items)]
-            golds = [json.dumps(str(i % 3 + 1)) for i in range(items)]
-            lines = prompts if kind == "split_sample" else golds
-            (folder / "XNLI" / kind / f"{lang}.json").write_text("\n".join(lines))
+    for lang in ("en", "sw"):
+        prompts = [json.dumps({"instruction": f"{lang} question {i}?"}) for i in range(items)]
+        golds = [json.dumps(str(i % 3 + 1)) for i in range(items)]
+        (folder / "XNLI" / "split_sample" / f"{lang}.json").write_text("\n".join(prompts))
+        (folder / "XNLI" / "ans_sample" / f"{lang}.json").write_text("\n".join(golds))
     return folder
 
 
@@ -224,7 +213,7 @@ def run():
 
 @pytest.fixture(scope="session")
 def ran(run):
-    """The same for a run that must succeed: its stdout."""
+    """The stdout of a run that must succeed."""
     def call(*command):
         code, out, err = run(*command)
         assert code == 0, err
@@ -235,38 +224,31 @@ def ran(run):
 @contextlib.contextmanager
 def reading():
     """A list that fills with the ids that a model looks up in its embedding."""
-    calls = []
+    calls, forward = [], torch.nn.Embedding.forward
 
-    def look(module, given):
-        if isinstance(module, torch.nn.Embedding):
-            calls.append(given[0].tolist())
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
-    try:
+    def look(module, ids):
+        calls.append(ids.tolist())
+        return forward(module, ids)
+    with mock.patch.object(torch.nn.Embedding, "forward", look):
         yield calls
-    finally:
-        handle.remove()
 
 
 @pytest.fixture
-def stop_at():
+def stop_at(request):
     """stop_at(step, signal): send the signal once, as AdamW is about to take this step from now on."""
-    hooks = []
-
     def arrange(step, number=signal.SIGTERM):
         countdown = iter(reversed(range(step)))
 
         def act(*_):
             if next(countdown, None) == 0:
                 signal.raise_signal(number)
-        hooks.append(register_optimizer_step_pre_hook(act))
-    yield arrange
-    for hook in hooks:
-        hook.remove()
+        request.addfinalizer(register_optimizer_step_pre_hook(act).remove)
+    return arrange
 
 
 def launch(folder, world, commands, before="", after="", timeout=200):
     """Run commands in `world` processes, started once. before, after: code for each process."""
-    lines = [[str(argument) for argument in command] for command in commands]
+    lines = [list(map(str, command)) for command in commands]
     (folder / "worker.py").write_text(f"""
 import importlib, os, sys
 import torch.distributed as dist
@@ -322,8 +304,7 @@ def logged(folder, key):
     return np.array([entry[key] for entry in json_lines(folder / "train_log.jsonl") if key in entry])
 
 
-def losses(folder):
-    return logged(folder, "loss")
+losses = functools.partial(logged, key="loss")
 
 
 def tensors(folder, files="*.safetensors"):
