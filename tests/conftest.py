@@ -15,26 +15,20 @@
     test_connected.py     the connection in transformers (data/connected.py) against infer.py's
     test_data.py          the built-in data, and data/README.md's converter
     test_pictures.py      data/plot.py and data/walkthrough.ipynb
+    test_drift.py         tools/drift.py at toy size
     test_readme.py        README.md's table, options, links and recipes
     conftest.py           this file: files to test on, running the scripts, reading what they wrote
     calls.py              all calls that tests make to the model itself
     answers.json          answers of real models and the option that each names, for test_eval.py
-    tools/                run by hand
-      benchmark.py          speed and memory against transformers, plain and hooked
-      hookpeer.py           CC-Tuning by hooks on transformers, for benchmark.py and test_cctuning.py
-      gpu.py                is everything right and fast on a GPU?
-      kill_and_resume.py    SIGKILL at random moments; the end must have the same bits
-      mutants.py            puts the bugs of mutants.json in, one at a time: do the tests catch them?
-      miniature.py          SFT against CC-Tuning on the built-in data: the table in README.md
-      make_paper_files.py   the paper's data files at toy size, for .ci/run
-      lm_eval_task.py       likelihoods against lm-evaluation-harness
-      real_weights.py       checks on checkpoints that are too large to ship
+    tools/                run by hand: drift.py (why the matrix loses), mutants.py (do the tests catch known
+                          bugs?), gpu.py, benchmark.py and hookpeer.py (against transformers, plain and by
+                          hooks), miniature.py (README's table), kill_and_resume.py, make_paper_files.py (for
+                          .ci/run), lm_eval_task.py (likelihoods from outside), real_weights.py (checkpoints
+                          too large to ship)
 
-Every test has explicit seeds and runs in float32 unless it says otherwise.
-
-    python -m pytest -q                # quick tests; the six packages are enough
-    python -m pytest -q -m optional    # those that need another package: transformers, tokenizers, ...
-    python -m pytest -q -m slow        # several processes, or more than a few seconds
+    python -m pytest -q                # quick tests: no package beyond the six
+    python -m pytest -q -m optional    # against transformers, tokenizers and others
+    python -m pytest -q -m slow        # several processes: minutes
 """
 import contextlib
 import functools
@@ -110,10 +104,7 @@ def tokenizer_json(folder, control=(), bos="<s>"):
 
 
 def write_checkpoint(folder, template="plain", kind="sentencepiece", seed=0, **changes):
-    """A Hugging Face folder of random weights, whose tokenizer has the template's control tokens.
-
-    kind: "sentencepiece", or "tokenizers" in a test marked optional.  changes: of config.json.
-    """
+    """Random weights, and a tokenizer with the template's control tokens. changes: of config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     generator, weights = torch.Generator().manual_seed(seed), {}
@@ -139,7 +130,7 @@ def write_connection(folder, seed=1):
 
 
 def write_parrot(folder, says, **changes):
-    """A checkpoint whose answers are known: attention and FFN add nothing, a token alone decides on the next.
+    """A checkpoint whose answers are known: attention and FFN add nothing, a token decides on the next.
 
     says: {how a prompt ends: a text, {text: its probability} or a list of these, in turn}.
     """
@@ -156,11 +147,10 @@ def write_parrot(folder, says, **changes):
     sentencepiece_model(folder / "tokenizer.model", whole=[t for t in after if not t.startswith("<0x")])
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     weights = load_file(folder / "model.safetensors")
-    for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name].zero_()
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):
+            weight.zero_()
     weights["model.norm.weight"].fill_(width ** -0.5)  # undoes the norm of a vector with a single 1
-    weights["model.embed_tokens.weight"].zero_()
     weights["lm_head.weight"].fill_(-50)
     for i, (piece, chances) in enumerate(after.items()):
         weights["model.embed_tokens.weight"][sp.piece_to_id(piece.replace(" ", "\u2581")), i] = 1
@@ -170,23 +160,23 @@ def write_parrot(folder, says, **changes):
     return folder
 
 
-def write_data(path, pairs=PAIRS, repeat=1):
+def write_data(path, pairs=PAIRS):
     """Training samples, in the schema of train.py."""
     fields = ("instruction", "instruction_en", "output", "lang")
-    lines = [json.dumps(dict(zip(fields, pair, strict=True)), ensure_ascii=False) for pair in pairs * repeat]
+    lines = [json.dumps(dict(zip(fields, pair, strict=True)), ensure_ascii=False) for pair in pairs]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
-def write_benchmark(folder, task="XNLI", langs=("en", "sw"), items=5, sample="_sample"):
-    """Prompts and gold answers, in the layout of eval.py."""
-    for lang in langs:
-        values = {"split": [{"instruction": f"{lang} question {i}?"} for i in range(items)],
-                  "ans": [str(i % 3 + 1) for i in range(items)]}
-        for kind, lines in values.items():
-            path = folder / task / (kind + sample) / f"{lang}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(map(json.dumps, lines)))
+def write_benchmark(folder, items=5):
+    """XNLI's prompts and gold answers in English and Swahili, in the layout of eval.py."""
+    for kind in ("split_sample", "ans_sample"):
+        (folder / "XNLI" / kind).mkdir(parents=True, exist_ok=True)
+    for lang in ("en", "sw"):
+        prompts = [json.dumps({"instruction": f"{lang} question {i}?"}) for i in range(items)]
+        golds = [json.dumps(str(i % 3 + 1)) for i in range(items)]
+        (folder / "XNLI" / "split_sample" / f"{lang}.json").write_text("\n".join(prompts))
+        (folder / "XNLI" / "ans_sample" / f"{lang}.json").write_text("\n".join(golds))
     return folder
 
 
@@ -203,10 +193,7 @@ def checkpoint(tmp_path_factory):
 # ------------------------------------------------------------------------------ running the scripts
 
 def training(model, data, out, **options):
-    """A command line of train.py, for `run` and `launch`.
-
-    options: True is an option without a value, False one that is not given.
-    """
+    """A command line of train.py. options: True is one without a value, False one that is not given."""
     options = {"lr": 1e-2, "epochs": 2, "batch_size": 6, "micro_batch": 6, "matrix_prompts": 40,
                "dtype": "float32", **options}
     flags = [f"--{name}" if value is True else f"--{name}={value}"
@@ -216,10 +203,7 @@ def training(model, data, out, **options):
 
 @pytest.fixture(scope="session")
 def run():
-    """run("train", *arguments): the script's main() in this process, as from the command line.
-
-    Returns (exit code, stdout, stderr).
-    """
+    """run("train", *arguments): (exit code, stdout, stderr) of the script's main() in this process."""
     def call(script, *arguments):
         out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True)
                     for _ in range(2))
@@ -236,7 +220,7 @@ def run():
 
 @pytest.fixture(scope="session")
 def ran(run):
-    """The same for a run that must succeed: returns its stdout, shows stderr where it fails."""
+    """The stdout of a run that must succeed."""
     def call(*command):
         code, out, err = run(*command)
         assert code == 0, err
@@ -246,42 +230,32 @@ def ran(run):
 
 @contextlib.contextmanager
 def reading():
-    """A list that fills with the ids that a model looks up in its embedding, call by call."""
-    calls = []
+    """A list that fills with the ids that a model looks up in its embedding."""
+    calls, forward = [], torch.nn.Embedding.forward
 
-    def look(module, given):
-        if isinstance(module, torch.nn.Embedding):
-            calls.append(given[0].tolist())
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
-    try:
+    def look(module, ids):
+        calls.append(ids.tolist())
+        return forward(module, ids)
+    with mock.patch.object(torch.nn.Embedding, "forward", look):
         yield calls
-    finally:
-        handle.remove()
 
 
 @pytest.fixture
-def stop_at():
+def stop_at(request):
     """stop_at(step, signal): send the signal once, as AdamW is about to take this step from now on."""
-    hooks = []
-
     def arrange(step, number=signal.SIGTERM):
         countdown = iter(reversed(range(step)))
 
         def act(*_):
             if next(countdown, None) == 0:
                 signal.raise_signal(number)
-        hooks.append(register_optimizer_step_pre_hook(act))
-    yield arrange
-    for hook in hooks:
-        hook.remove()
+        request.addfinalizer(register_optimizer_step_pre_hook(act).remove)
+    return arrange
 
 
 def launch(folder, world, commands, before="", after="", timeout=200):
-    """Run (script, *arguments) commands one after the other in `world` processes, started once.
-
-    before, after: code for each process.
-    """
-    lines = [[str(argument) for argument in command] for command in commands]
+    """Run commands in `world` processes, started once. before, after: code for each process."""
+    lines = [list(map(str, command)) for command in commands]
     (folder / "worker.py").write_text(f"""
 import importlib, os, sys
 import torch.distributed as dist
@@ -337,8 +311,7 @@ def logged(folder, key):
     return np.array([entry[key] for entry in json_lines(folder / "train_log.jsonl") if key in entry])
 
 
-def losses(folder):
-    return logged(folder, "loss")
+losses = functools.partial(logged, key="loss")
 
 
 def tensors(folder, files="*.safetensors"):

@@ -41,8 +41,7 @@ def test_every_fact_is_there_in_every_language():
         assert all(value.strip() for s in samples for value in s.values())
         english = {s["instruction"] for s in samples if s["lang"] == "en"}
         assert english == {s["instruction_en"] for s in samples} and len(samples) == len(LANGS) * len(english)
-    for part in ("dev", "test"):
-        assert len({len(held_out(part, lang)) for lang in LANGS}) == 1
+    assert len({len(held_out("test", lang)) for lang in LANGS}) == 1
     dev = [(s["instruction"], s["output"]) for s in json_lines(DATA / "dev.jsonl")]
     assert sorted(dev) == sorted(pair for lang in LANGS for pair in held_out("dev", lang))
 
@@ -59,8 +58,7 @@ def test_train_dev_and_test_share_no_territory():
 
 @pytest.mark.optional
 def test_make_default(tmp_path):
-    """Catches files of data/ that were changed by hand, facts of a territory in two parts, and a question
-    of dev or test that a model has seen in another language than English."""
+    """Catches files of data/ changed by hand, and held-out questions that a model saw in its language."""
     pytest.importorskip("babel", reason="pip install babel==2.18.0")
     names, facts = make_default.read_cldr()
     parts = make_default.split(facts)
@@ -69,21 +67,17 @@ def test_make_default(tmp_path):
     assert len(made) == 2 + 4 * len(LANGS)
     for path in made:
         assert (tmp_path / path).read_bytes() == (DATA / path).read_bytes(), path
-
-    territories = [{fact[0] for fact in part} for part in parts.values()]
-    assert len(set.union(*territories)) == sum(map(len, territories)) and all(territories)
     text = make_default.base_text(names, parts)
-    seen = {line for lines in text.values() for line in lines} - set(text["english"])
-    seen |= {s["instruction"] for s in json_lines(DATA / "train.jsonl") if s["lang"] != "en"}
+    seen = [line for kind, lines in text.items() for line in lines if kind != "english"]
+    seen += [s["instruction"] for s in json_lines(DATA / "train.jsonl") if s["lang"] != "en"]
     seen = "\n".join(seen)
-    questions = [question for lang in set(LANGS) - {"en"} for part in ("dev", "test")
-                 for question, _ in held_out(part, lang)]
-    assert len(questions) > 1000 and not [question for question in questions if question in seen]
+    for lang in set(LANGS) - {"en"}:
+        questions = [question for part in ("dev", "test") for question, _ in held_out(part, lang)]
+        assert len(questions) > 100 and not [question for question in questions if question in seen]
 
 
 def test_default_evaluation(tmp_path, ran):
-    """Catches a data/tuned of other data or without a matrix, scores that do not follow from the answers,
-    a model that has lost its English, and answers compared with the wrong line."""
+    """Catches a data/tuned of other data or without English, and answers compared with the wrong line."""
     config = json.loads((DATA / "tuned" / "config.json").read_text())["cctuning"]
     made_with = {"model": "data/base", "data": "data/train.jsonl", "method": "cc", "epochs": 2}
     assert made_with.items() <= config["arguments"].items() and config["matrix"]["prompts"] == 1000
@@ -106,9 +100,9 @@ def test_converter(tmp_path):
     aya = [{"inputs": own, "targets": "Jibu", "language": "Swahili", "language_code": "swh"},
            {"inputs": "What?", "targets": "This", "language_code": "eng"}]
     (tmp_path / "aya.jsonl").write_text("\n".join(map(json.dumps, aya)))
-    for name, expected in {"a.csv": [sample], "aya.jsonl": [
-            {"instruction": own, "output": "Jibu", "lang": "swh"},
-            {"instruction": "What?", "instruction_en": "What?", "output": "This", "lang": "eng"}]}.items():
+    converted = [{"instruction": own, "output": "Jibu", "lang": "swh"},
+                 {"instruction": "What?", "instruction_en": "What?", "output": "This", "lang": "eng"}]
+    for name, expected in (("a.csv", [sample]), ("aya.jsonl", converted)):
         command = [sys.executable, "-c", code, tmp_path / name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         (tmp_path / "made.jsonl").write_text(text)

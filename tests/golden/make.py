@@ -4,8 +4,8 @@
     pip install transformers==4.46.3 && python tests/golden/make.py llama3_blend
 
 transformers 4.46.3 lacks the first three models. README.md says what each tensor is. nemo has a tokenizer
-like Mistral Nemo's (tekken) too: byte-level, [INST] as control tokens without a space after them;
-prompts.json has {text: ids of its prompt, and of prompt and answer}.
+like Mistral Nemo's (tekken) too: byte-level, no space after [INST]; prompts.json has {text: ids of its
+prompt, and of prompt and answer}.
 """
 import json
 import shutil
@@ -21,18 +21,16 @@ HERE = Path(__file__).resolve().parent
 SIZES = {"vocab_size": 320, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "tie_word_embeddings": False}
-BFLOAT16 = {**SIZES, "dtype": "bfloat16"}
+BFLOAT16 = {**SIZES, "dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 MODELS = {  # folder: (configuration class, its arguments)
-    "qwen3": ("Qwen3Config", {**BFLOAT16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3": ("Qwen3Config", BFLOAT16),
     "smollm3": ("SmolLM3Config", {
         **BFLOAT16, "tie_word_embeddings": True, "head_dim": 6, "no_rope_layers": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}),
-    "llama_bias": ("LlamaConfig", {**BFLOAT16, "attention_bias": True}),
-    "nemo": ("MistralConfig", {
-        **BFLOAT16, "head_dim": 12, "num_hidden_layers": 2, "sliding_window": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-    # The four frequencies turn 7.6, 3.3, 1.4 and 0.6 times in 48 tokens: one is kept (more than 4 turns),
-    # two are blended (0.75 and 0.13 of each kept), one is stretched (less than 1 turn).
+    "llama_bias": ("LlamaConfig", {
+        **BFLOAT16, "attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "nemo": ("MistralConfig", {**BFLOAT16, "head_dim": 12, "num_hidden_layers": 2, "sliding_window": None}),
+    # Turns in 48 tokens: 7.6, kept (more than 4); 3.3 and 1.4, blended; 0.6, stretched (less than 1).
     "llama3_blend": ("LlamaConfig", {
         **SIZES, "num_hidden_layers": 2, "torch_dtype": "float32", "rope_theta": 30.0,
         "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,

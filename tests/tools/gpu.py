@@ -1,16 +1,17 @@
 """What a person with a GPU runs first: is everything right on it, and fast? CI never runs this.
 
     python tests/tools/gpu.py                      # under 8 minutes on one H100, without a network
-    python tests/tools/gpu.py --only golden,step   # some checks; those from `step` on need `checkpoint` too
+    python tests/tools/gpu.py --only golden        # some checks; step and answers need checkpoint too
     python tests/tools/gpu.py --toy                # toy sizes on a CPU: tries this file, judges no speed
 
-Each check prints one line: PASS, SKIP or FAIL, what is wrong, and its figures.
+Each check prints one line: PASS or FAIL, what is wrong, and its figures. With transformers installed, it is
+the measure of steps and answers.
 """
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -25,16 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import train
-from cctuning import CCTuning, load_cctuning
 from infer import Engine, Prompt
-from model import Attention, Config, Transformer, attention_mask, choose_device, load_model, rotary_embedding
+from model import Config, Help, Transformer, choose_device, load_model
 
-ROOT, ENVIRONMENT = Path(__file__).resolve().parents[2], dict(os.environ)
+ROOT = Path(__file__).resolve().parents[2]
+HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 LLAMA_1B = {  # Llama 3.2 1B
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 2048,
     "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -42,23 +43,21 @@ LLAMA_1B = {  # Llama 3.2 1B
     "hidden_act": "silu", "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
 TOY = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-
-
-class Skipped(Exception):
-    """The check cannot run here; the message says why."""
+new_adamw = partial(torch.optim.AdamW, lr=1e-5, betas=train.BETAS, weight_decay=0.0, fused=True)
 
 
 class Run:
-    """What a check works with: sizes, a folder and the figures that all share, what it found wrong."""
+    """What a check works with: sizes, a folder that all share, what it found wrong."""
 
     def __init__(self, toy, folder):
-        self.toy, self.folder, self.figures, self.problems = toy, folder, {}, []
+        self.toy, self.folder, self.problems = toy, folder, []
         self.device = choose_device()
         self.on_gpu = self.device.type == "cuda"
         # Rows of a step; tokens of a prompt, its answer and its English version; new tokens when answering.
         sizes = (2, 12, 6, 10, 5) if toy else (8, 512, 256, 512, 128)
         self.rows, self.prompt, self.answer, self.english, self.new = sizes
         self.many, self.repeats = (2, 3) if toy else (16, 6)  # prompts answered at once
+        self.config = LLAMA_1B | (TOY if toy else {})
         if not (self.on_gpu or toy):
             sys.exit("no GPU; --toy runs on a CPU")
 
@@ -66,14 +65,6 @@ class Run:
         """Fail unless `holds`."""
         if not holds:
             self.problems.append(problem)
-
-    def goal(self, holds, problem):
-        """As require, of speed and memory: not judged at toy sizes."""
-        self.require(holds or self.toy, problem)
-
-    def earlier(self, check, figure):
-        """A figure of a check that ran before."""
-        return self.figures.get(check, {}).get(figure, float("nan"))
 
     def seconds(self, function, repeats=None, warm_up=2):
         """Median time of function()."""
@@ -97,75 +88,25 @@ class Run:
         return peak
 
 
-# --------------------------------------------------- the machine, exactness: checks return {figure: value}
-
-def machine(run):
-    """The rates that other figures are set against, and the attention kernels of the model's calls."""
-    size = 256 if run.toy else 8192
-    a, b = (torch.randn(size, size, device=run.device, dtype=torch.bfloat16) for _ in range(2))
-    rate = 2e-12 * size ** 3 / run.seconds(lambda: torch.mm(a, b))
-    found = {"card": torch.cuda.get_device_name() if run.on_gpu else "CPU", "torch": torch.__version__,
-             "bfloat16 products, TFLOP/s": rate}
-    for kind, queries in (("train", None), ("decode", 1), ("connect", 3)):
-        found[f"{kind}: kernel"] = kernel = attention_kernel(run, queries)
-        run.require(not run.on_gpu or kernel in ("flash", "efficient"), f"attention: {kind}")
-    return found
-
-
-def attention_kernel(run, queries):
-    """The kernel of the 1B model's attention. queries: that many, masked; None: causal, with gradients."""
-    config, chosen, original = Config.read(run.folder / "1b"), set(), F.scaled_dot_product_attention
-    layer = Attention(config).to(run.device, torch.bfloat16).requires_grad_(queries is None)
-    count = queries or run.prompt
-    x = torch.randn(2, count, config.hidden_size, device=run.device, dtype=torch.bfloat16)
-    positions = torch.full((2, count), run.prompt - 1, device=run.device)
-    rotary = rotary_embedding(config, positions).to(x.dtype)
-
-    def recorded(*args, **options):
-        chosen.add(("math", "flash", "efficient", "cudnn")[torch._fused_sdp_choice(*args, **options)])
-        return original(*args, **options)
-    F.scaled_dot_product_attention = recorded
-    if queries is None:
-        layer(x, rotary)
-    else:
-        cached = torch.randn(2, 2, config.num_key_value_heads, run.prompt, config.head_dim).to(x)
-        mask = attention_mask(config, positions, run.prompt, x.dtype)
-        layer(x, rotary, mask, lambda k, v: cached)
-    F.scaled_dot_product_attention = original
-    return "+".join(sorted(chosen))
-
+# -------------------------------------------------------------- exactness: checks return {figure: value}
 
 def golden(run):
-    """The golden values of test_golden.py on this device, in float32."""
+    """test_golden.py on this device, in float32."""
     import calls
-    import test_golden as tests
-    calls.DEVICE, count = run.device, 0
-    for folder, expected in tests.FOLDERS.items():
-        tests.FOLDERS[folder] = {name: tensor.to(run.device) for name, tensor in expected.items()}
-        cases = [(tests.test_forward,)] if "greedy" in expected else []
-        if "decision_maker" in expected:
-            cases += [(tests.test_training_step, False), (tests.test_training_step, True),
-                      (tests.test_inference,), (tests.test_transform_matrix, "matrix.full_rank"),
-                      (tests.test_transform_matrix, "matrix.rank_deficient")]
-        for test, *args in cases:
-            count += 1
-            try:
-                test(folder, *args)
-            except AssertionError as error:
-                line = traceback.extract_tb(error.__traceback__)[-1].line
-                run.require(False, f"{test.__name__} {folder.name} {args}: {line}")
-    return {"comparisons": count, "folders": len(tests.FOLDERS)}
+    import test_golden
+    calls.DEVICE = run.device
+    for folder, expected in test_golden.FOLDERS.items():
+        test_golden.FOLDERS[folder] = {name: tensor.to(run.device) for name, tensor in expected.items()}
+    # --noconftest: conftest.py hides the GPU.
+    failed = pytest.main(["-q", "--noconftest", "-p", "no:cacheprovider", test_golden.__file__])
+    run.require(not failed, "see above")
+    return {"folders": len(test_golden.FOLDERS)}
 
-
-# ------------------------------------------------------------------------------------------- runs of train.py
 
 def python(*command):
-    """Run a command. Returns what it printed; raises an error if it failed."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise RuntimeError(f"{command} ended with {done.returncode}: {done.stdout[-600:]}")
-    return done.stdout
+    """Run a command that must succeed. Returns what it printed; its errors are shown."""
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout
 
 
 def logged(folder):
@@ -174,89 +115,41 @@ def logged(folder):
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
-def apart(a, b):
-    """Mean relative difference of two lists of losses."""
-    return statistics.mean(abs(x / y - 1) for x, y in zip(a, b, strict=True))
-
-
 def default_run(run):
     """The default run: alone, by torchrun, and killed and resumed. --toy: a step or two of it."""
     small = ("--model data/base --data data/dev.jsonl --epochs 1 --batch_size 96 --micro_batch 32 --lr 1e-4 "
              "--max_length 64 --matrix_prompts 64").split() if run.toy else []
-    alone, by_torchrun, killed = folders = [run.folder / name for name in ("alone", "torchrun", "killed")]
+    alone, by_torchrun, killed = [run.folder / name for name in ("alone", "torchrun", "killed")]
     python("train.py", "--out", alone, *small)
     python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py", "--out",
            by_torchrun, *small)
     command = [sys.executable, "train.py", "--out", killed, "--save_every", 1 if run.toy else 4, *small]
-    victim = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    victim = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
     while victim.poll() is None and not list((killed / "checkpoints").glob("step-*[0-9]")):
         time.sleep(0.02)
     victim.kill()
     victim.wait()
     text = python("train.py", "--out", killed, "--resume", *small)
     run.require("resumed after step" in text, "the killed run was not resumed")
-    losses, *others = [logged(folder) for folder in folders]
+    losses, weights = logged(alone), "model-00001-of-00001.safetensors"
     run.require(losses[-1] < losses[0], "the loss does not fall")
-    run.require(max(apart(other, losses) for other in others) < 0.01, "the three runs' losses differ")
-    weights = [(folder / "model-00001-of-00001.safetensors").read_bytes() for folder in folders]
-    return {"steps": len(losses), "first loss": losses[0], "last loss": losses[-1],
-            "by torchrun: losses differ by": apart(others[0], losses), "same bits": weights[1] == weights[0],
-            "resumed: losses differ by": apart(others[1], losses), "same bits too": weights[2] == weights[0]}
-
-
-def sharded(run):
-    """What several processes run (fully_shard, nccl, checkpoints), over one, against the plain path."""
-    steps, found = range(4 if run.toy else 16), {}
-    meeting = f"file://{run.folder}/meeting"
-    backend = "nccl" if run.on_gpu else "gloo"
-    torch.distributed.init_process_group(backend, rank=0, world_size=1, init_method=meeting)
-    for dtype, bound in (("float32", 1e-4), ("bfloat16", 0.05 if run.toy else 0.02)):
-        setup = training_setup(run, "data/base", "--dtype", dtype, "--batch_size", "8" if run.toy else "32")
-        cc, _ = train.load_for_training(setup)
-        optimizer = new_adamw(cc.parameters())
-        losses = [train.train_step(setup, cc, optimizer, step)[0] for step in steps]
-
-        setup.autocast = contextlib.nullcontext  # sharded weights are gathered in the dtype
-        cc, optimizer = sharded_model(run, setup, dtype)
-        found[f"{dtype} losses differ by"] = difference = apart(
-            [train.train_step(setup, cc, optimizer, step)[0] for step in steps[:-2]], losses[:-2])
-        train.save_state(setup, cc, optimizer, len(steps) - 2)
-        cc, optimizer = sharded_model(run, setup, dtype)
-        train.load_state(setup, cc, optimizer, len(steps) - 2)
-        resumed = apart([train.train_step(setup, cc, optimizer, step)[0] for step in steps[-2:]], losses[-2:])
-        run.require(max(difference, resumed) < bound, f"{dtype} losses differ, after resuming by {resumed}")
-    torch.distributed.destroy_process_group()
+    found = {"steps": len(losses), "first loss": losses[0], "last loss": losses[-1]}
+    for other in (by_torchrun, killed):
+        apart = [abs(a / b - 1) for a, b in zip(logged(other), losses, strict=True)]
+        same = (other / weights).read_bytes() == (alone / weights).read_bytes()
+        found |= {f"{other.name}: losses differ by": statistics.mean(apart), f"{other.name}: same bits": same}
+        run.require(statistics.mean(apart) < 0.01, f"{other.name}: other losses")
     return found
-
-
-def sharded_model(run, setup, dtype):
-    with torch.device("meta"):
-        cc = CCTuning(setup.config)
-    train.shard(cc, setup.dist, dtype)
-    load_cctuning(cc, setup.args.model, torch.float32, run.device)
-    return cc, new_adamw(cc.parameters())
-
-
-def training_setup(run, model, *options):
-    """What train.py makes of its command line."""
-    os.chdir(ROOT)
-    (run.folder / "out").mkdir(exist_ok=True)
-    args = train.parse_args(["--model", str(model), "--data", "data/dev.jsonl", "--template", "plain",
-                             "--out", str(run.folder / "out"), *options])
-    with contextlib.redirect_stdout(sys.stderr):  # what it says about the data is of no interest
-        return train.Setup(args, train.Dist())
-
-
-def new_adamw(parameters):
-    trainable = [p for p in parameters if p.requires_grad]
-    return torch.optim.AdamW(trainable, lr=1e-5, betas=train.BETAS, weight_decay=0.0, fused=True)
 
 
 # ------------------------------------------------------------ training a checkpoint of Llama 3.2 1B's shape
 
 def checkpoint(run):
     """Random weights of Llama 3.2 1B's shape, with the built-in tokenizer, a Decision Maker and a matrix."""
-    folder, config = run.folder / "1b", Config.read(run.folder / "1b")
+    folder = run.folder / "1b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(run.config))
+    config = Config.read(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
     torch.manual_seed(0)
@@ -271,11 +164,13 @@ def checkpoint(run):
     return {"loaded in, s": run.seconds(lambda: load_model(folder, None, run.device), 1, warm_up=0)}
 
 
-def setup_1b(run, *options):
-    """The same of the 1B shape, with samples of one length in place of the data."""
-    rows, length = str(run.rows), str(run.prompt + run.answer)
-    setup = training_setup(run, run.folder / "1b", "--batch_size", rows, "--micro_batch", rows,
-                           "--dtype", "bfloat16", "--max_length", length, *options)
+def setup_1b(run, method):
+    """What train.py makes of its command line, with samples of one length in place of the data's."""
+    args = train.parse_args(
+        [f"--model={run.folder / '1b'}", f"--data={ROOT / 'data' / 'dev.jsonl'}", "--template=plain",
+         f"--method={method}", "--dtype=bfloat16", f"--micro_batch={run.rows}"])
+    with contextlib.redirect_stdout(sys.stderr):  # what it says about the data is of no interest
+        setup = train.Setup(args, train.Dist())
     generator, setup.samples = torch.Generator().manual_seed(0), []
     for _ in range(run.rows):
         ids, english = (torch.randint(3, setup.config.vocab_size, (length,), generator=generator).tolist()
@@ -285,156 +180,134 @@ def setup_1b(run, *options):
     return setup
 
 
-def measure_step(run, name, *options):
-    """Figures of train_step on the 1B shape."""
-    setup = setup_1b(run, *options)
+def our_step(run, method):
+    """A function that takes the next step of train.py and returns its loss."""
+    setup = setup_1b(run, method)
     cc, _ = train.load_for_training(setup)
-    parameters = {name: p for name, p in cc.named_parameters() if p.requires_grad}
-    optimizer, steps, seen = new_adamw(cc.parameters()), iter(range(len(setup.steps))), []
-
-    def once():
-        seen.append(train.train_step(setup, cc, optimizer, next(steps)))
-    run.peak()
-    seconds, peak = run.seconds(once), run.peak()
-    still = [key for key, p in parameters.items() if not optimizer.state[p]["exp_avg"].any()]
-    run.require(not still, f"{name}: {len(still)} parameters without a gradient, {still[:1]}")
-    run.require(all(map(math.isfinite, sum(seen, ()))), f"{name}: not finite {seen[0]}")
-    setup.args.memory_plan = 1
-    plan = list(train.memory_plan(setup.args).values())[-1] / 1e9
-    tokens = run.rows * (run.prompt + run.answer + (setup.args.method == "cc") * run.english)
-    found = {"ms": 1e3 * seconds, "tokens/s": tokens / seconds, "peak, GB": peak, "planned, GB": plan,
-             "first loss": seen[0][0]}
-    return {f"{name}: {key}": value for key, value in found.items()}
-
-
-def step(run):
-    """Training steps of train.py in bfloat16, plain and connected: speed, and memory."""
-    found = {**measure_step(run, "sft", "--method", "sft"), **measure_step(run, "cc"),
-             **measure_step(run, "cc checkpointed", "--checkpoint_activations")}
-    found["cc / sft"] = found["cc: ms"] / found["sft: ms"]
-    run.goal(found["cc / sft"] <= 1.25, "cc / sft is far above its arithmetic floor, 1.19")
-    return found
-
-
-def theirs(run, dtype):
-    """transformers' model of the 1B checkpoint. As in ours, cuDNN's attention is off."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise Skipped(f"transformers is not installed ({error})") from None
-    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    model = transformers.AutoModelForCausalLM.from_pretrained(run.folder / "1b", **{name: dtype})
-    return model.to(run.device)
+    optimizer, steps = new_adamw(cc.parameters()), iter(range(len(setup.steps)))
+    return lambda: train.train_step(setup, cc, optimizer, next(steps))[0]
 
 
 def their_step(run):
-    """transformers' plain step: the same weights, batch, autocast and optimizer."""
-    model, setup = theirs(run, torch.float32), setup_1b(run, "--method", "sft")
-    batch = train.collate(setup.samples[:run.rows], -1, run.device)
-    optimizer, seen = new_adamw(model.train().parameters()), []
+    """The same of transformers, plain: the same weights, batch, autocast and optimizer."""
+    model, setup = theirs(run, torch.float32), setup_1b(run, "sft")
+    batch = train.collate(setup.samples, -1, run.device)
+    optimizer = new_adamw(model.train().parameters())
 
     def once():
         with setup.autocast():
             loss = model(input_ids=batch.ids, labels=batch.labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.MAX_NORM).item()
-        seen.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
+        return loss.item()
+    return once
+
+
+def theirs(run, dtype):
+    """transformers' model of the 1B checkpoint. As in ours, cuDNN's attention is off."""
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(run.folder / "1b").to(run.device, dtype)
+
+
+def measure_step(run, once):
+    """Milliseconds, peak GB and first loss of a step."""
     run.peak()
-    seconds, peak = run.seconds(once), run.peak()
-    sft, cc = (run.earlier("step", f"{name}: ms") / 1e3 / seconds for name in ("sft", "cc"))
-    run.goal(not cc > 0.9, "our cc step is slower than 0.9 of theirs")
-    run.require(not abs(seen[0] / run.earlier("step", "sft: first loss") - 1) > 0.01, "its loss is another")
-    return {"ms": 1e3 * seconds, "peak, GB": peak, "our sft / theirs": sft, "our cc / theirs": cc}
+    seen = []
+    seconds = run.seconds(lambda: seen.append(once()))
+    run.require(torch.tensor(seen).isfinite().all(), f"losses are not finite: {seen}")
+    return 1e3 * seconds, run.peak(), seen[0]
+
+
+def step(run):
+    """Training steps in bfloat16: SFT, CC-Tuning, and transformers' plain one."""
+    sft, cc = measure_step(run, our_step(run, "sft")), measure_step(run, our_step(run, "cc"))
+    found = {"sft, ms": sft[0], "sft, peak GB": sft[1], "cc, ms": cc[0], "cc, peak GB": cc[1],
+             "cc / sft": cc[0] / sft[0]}
+    run.require(run.toy or found["cc / sft"] <= 1.25, "cc / sft is far above its arithmetic floor, 1.19")
+    if HAS_TRANSFORMERS:
+        plain = measure_step(run, their_step(run))
+        found |= {"transformers, ms": plain[0], "transformers, peak GB": plain[1],
+                  "sft / transformers": sft[0] / plain[0], "cc / transformers": cc[0] / plain[0]}
+        run.require(run.toy or found["cc / transformers"] <= 0.9, "our cc step is slower than 0.9 of theirs")
+        run.require(run.toy or cc[1] < plain[1], "our cc step needs more memory than theirs")
+        run.require(abs(sft[2] / plain[2] - 1) < 0.01, f"our loss {sft[2]}, theirs {plain[2]}")
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- answering
 
-def random_prompts(run, rows):
-    """Random ids (rows, T), and as Prompts."""
-    size, generator = Config.read(run.folder / "1b").vocab_size, torch.Generator().manual_seed(2)
-    ids = torch.randint(3, size, (rows, run.prompt), generator=generator)
-    return ids, [Prompt(row, number=i) for i, row in enumerate(ids.tolist())]
+def our_answers(run, ids):
+    """Seconds that the connection takes, and seconds of a decode step, in bfloat16."""
+    engine, passes = Engine(run.folder / "1b"), {}
+    engine.tokenizer.stop = set()  # random weights would end answers early
+    prompts = [Prompt(row, number=i) for i, row in enumerate(ids.tolist())]
+    answer = partial(engine.generate, prompts, run.new)
+    for connection in ("none", "matrix"):
+        engine.connect(connection)
+        passes[connection] = run.seconds(lambda: next(answer()), 2 * run.repeats)
+    # Each token has a new length: no warm-up, for cuDNN's attention would build a plan for each.
+    whole = run.seconds(lambda: list(answer()), 1, warm_up=0)
+    return passes["matrix"] - passes["none"], (whole - passes["matrix"]) / (run.new - 1)
+
+
+def their_decoding(run, ids):
+    """Seconds of a step of transformers' generate on the same weights, unconnected."""
+    model, ids = theirs(run, torch.bfloat16), ids.to(run.device)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+
+    def generate(count):
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    first = run.seconds(lambda: generate(1))
+    return (run.seconds(lambda: generate(run.new), 2, warm_up=1) - first) / (run.new - 1)
 
 
 def answers(run):
-    """Connected prefill in ms and decoding in tokens/s of 1 and of 16 prompts, in bfloat16."""
-    engine, found = Engine(run.folder / "1b"), {}
-    engine.tokenizer.stop = set()  # random weights would end answers early
-    for rows in (1, run.many):
-        passes, answer = {}, partial(engine.generate, random_prompts(run, rows)[1], run.new)
-        for connection in ("none", "matrix"):
-            engine.connect(connection)
-            passes[connection] = run.seconds(lambda answer=answer: next(answer()), 2 * run.repeats)
-            found[f"prefill {rows} {connection}, ms"] = 1e3 * passes[connection]
-        # Every token has a new length: the first time, cuDNN's attention would build a plan for each.
-        whole = [run.seconds(lambda answer=answer: list(answer()), repeats, warm_up=0) for repeats in (1, 2)]
-        new, seen = ((seconds - passes["matrix"]) / (run.new - 1) for seconds in whole)
-        found[f"decode {rows}, tokens/s"] = rows / seen
-        run.goal(new < 1.4 * seen, f"decoding {rows} is slow at new lengths")
-        if rows == 1:
-            found["connection / decode step"] = (passes["matrix"] - passes["none"]) / seen
-    run.goal(found["connection / decode step"] <= 1.1, "the connection costs more than 1.1 decode steps")
-    return {**found, "peak, GB": run.peak()}
-
-
-def their_answers(run):
-    """transformers' generate on the same weights, unconnected."""
-    model, found = theirs(run, torch.bfloat16), {}
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    """Connected answers to 1 and to 16 prompts, and what the connection costs."""
+    found, generator = {}, torch.Generator().manual_seed(2)
     for rows, least in ((1, 1.0), (run.many, 1.5)):
-        ids = random_prompts(run, rows)[0].to(run.device)
-
-        def generate(count, ids=ids):
-            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
-                           min_new_tokens=count, do_sample=False)
-        first = run.seconds(lambda: generate(1))
-        speed = rows * (run.new - 1) / (run.seconds(lambda: generate(run.new), 2, warm_up=1) - first)
-        faster = run.earlier("answers", f"decode {rows}, tokens/s") / speed
-        run.goal(not faster < least, f"decoding {rows}: goal {least} times as fast")
-        found |= {f"prefill {rows}, ms": 1e3 * first, f"decode {rows}, tokens/s": speed,
-                  f"ours / theirs, {rows}": faster}
+        ids = torch.randint(3, run.config["vocab_size"], (rows, run.prompt), generator=generator)
+        connection, decode = our_answers(run, ids)
+        found[f"decode {rows}, tokens/s"] = rows / decode
+        if rows == 1:
+            found["connection / decode step"] = connection / decode
+            run.require(run.toy or connection <= 1.1 * decode, "the connection costs over 1.1 decode steps")
+        if HAS_TRANSFORMERS:
+            found[f"decode {rows}, times generate"] = faster = their_decoding(run, ids) / decode
+            run.require(run.toy or faster >= least, f"decoding {rows}: under {least} times generate")
     return found
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
-CHECKS = {check.__name__: check for check in (
-    machine, golden, default_run, sharded, checkpoint, step, their_step, answers, their_answers)}
+CHECKS = {check.__name__: check for check in (golden, default_run, checkpoint, step, answers)}
 
 
 def check(name, run):
     """Run one check and print its line."""
     run.problems, began = [], time.perf_counter()
     try:
-        found = run.figures[name] = CHECKS[name](run)
-        shown = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                 for key, value in found.items()]
-        verdict, what = "FAIL" if run.problems else "PASS", "; ".join([*run.problems, ", ".join(shown)])
-    except Skipped as reason:
-        verdict, what = "SKIP", str(reason)
+        found = CHECKS[name](run)
+        shown = [f"{key} {value:.4g}" for key, value in found.items()]
+        what = "; ".join([*run.problems, ", ".join(shown)])
     except Exception as error:
         run.problems.append(name)
-        frames = traceback.extract_tb(error.__traceback__)[-4:]
-        places = " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-        verdict, what = "FAIL", f"{type(error).__name__} {' '.join(str(error).split())[:600]}, at {places}"
+        traceback.print_exc()
+        what = f"{type(error).__name__} {error}"
+    verdict = "FAIL" if run.problems else "PASS"
     print(f"{verdict} {name}: {what} [{time.perf_counter() - began:.0f} s]", flush=True)
     run.peak()  # frees what the check held
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--only", default=",".join(CHECKS), help="(default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--only", default=",".join(CHECKS), help="checks, in order")
     parser.add_argument("--toy", action="store_true", help="toy sizes on a CPU")
     args = parser.parse_args()
     names, failed = args.only.split(","), []
     with tempfile.TemporaryDirectory() as folder:
         run = Run(args.toy, Path(folder))
-        (run.folder / "1b").mkdir()
-        config = LLAMA_1B | (TOY if args.toy else {})
-        (run.folder / "1b" / "config.json").write_text(json.dumps(config))
         for name in names:
             check(name, run)
             failed += [name] * bool(run.problems)
