@@ -1,14 +1,14 @@
-"""Make the embedded default from the Unicode CLDR: questions and answers in eleven languages, and a base model that
-reads them all.
+"""Make the built-in default from the Unicode CLDR: questions and answers in eleven languages, and a base
+model that reads them all.
 
     pip install babel==2.18.0
-    python data/make_default.py                  # train.jsonl, dev.jsonl, dev/facts, test/facts: the same each time
-    python data/make_default.py --pretrain       # base/: tokenizer and weights, about 20 minutes on two cores
-    python train.py --out data/tuned --overwrite # tuned/
+    python data/make_default.py              # train.jsonl, dev.jsonl, dev/facts, test/facts: always the same
+    python data/make_default.py --pretrain   # base/: tokenizer and weights, about 20 minutes on two cores
+    python train.py --out data/tuned         # tuned/
 
-A fact is a territory with its currency (where only one is legal tender) or its official language (of several, the one
-that CLDR names first: most people speak it). It is kept if CLDR names all of it in all eleven languages. Questions are
-phrased so that any name fits in without being inflected.
+A fact is a territory with its currency (where only one is legal tender) or its official language (of several,
+the one that CLDR names first: most people speak it). It is kept if CLDR names all of it in all eleven
+languages. Questions are phrased so that any name fits in without being inflected.
 
 Territories are split once into four parts, which share none:
 
@@ -17,8 +17,9 @@ Territories are split once into four parts, which share none:
     dev      to choose settings on
     test     to report
 
-The base model's text also has every fact in English, in several phrasings, and all names as dictionary lines
-("Ujerumani = Germany"). So it reads eleven languages and knows most facts in English alone, as large models do.
+The base model's text also has every fact in English, in several phrasings, and all names as dictionary
+lines ("Ujerumani = Germany"). So it reads eleven languages and knows most facts in English alone, as large
+models do.
 """
 import argparse
 import io
@@ -71,11 +72,13 @@ SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "
 STEPS, TOKENS, LEARNING_RATE = 8000, 1024, 2e-3  # of the base model's training; TOKENS a step, about
 
 
-# ------------------------------------------------------------------------------------------------------------- corpus
+# ------------------------------------------------------------------------------------------- corpus
 
 def read_cldr():
-    """Of what has a name in all of LANGS: names {(kind, code): {lang: name}} and facts [(territory, kind, code of the
-    answer)]."""
+    """names {(kind, code): {lang: name}} and facts [(territory, kind, code of the answer)].
+
+    Only what has a name in all of LANGS.
+    """
     from babel import Locale
     from babel.languages import get_official_languages
     from babel.numbers import get_territory_currencies
@@ -119,7 +122,8 @@ def ask(names, fact, lang):
 def sample(names, fact, lang):
     """A fact in the training schema."""
     question, answer = ask(names, fact, lang)
-    return {"instruction": question, "output": answer, "instruction_en": ask(names, fact, "en")[0], "lang": lang}
+    english, _ = ask(names, fact, "en")
+    return {"instruction": question, "output": answer, "instruction_en": english, "lang": lang}
 
 
 def base_text(names, parts):
@@ -131,10 +135,14 @@ def base_text(names, parts):
         english += [phrase.format(**values) for phrase in ENGLISH[fact[1]]]
     others = [lang for lang in LANGS if lang != "en"]
     called = {lang: names["language", lang]["en"] for lang in others}
+    dictionary = []
+    for name in names.values():
+        for lang in others:
+            dictionary.append(f"{name[lang]} = {name['en']}")
+            dictionary.append(f"{name['en']} in {called[lang]} = {name[lang]}")
     return {
         "english": english,
-        "dictionary": [line for name in names.values() for lang in others
-                       for line in (f"{name[lang]} = {name['en']}", f"{name['en']} in {called[lang]} = {name[lang]}")],
+        "dictionary": dictionary,
         "questions": ["\n".join(ask(names, fact, lang)) for fact in parts["base"] for lang in others],
         "translations": [f"{ask(names, fact, lang)[0]} = {ask(names, fact, 'en')[0]}"
                          for fact in parts["base"] for lang in others],
@@ -143,11 +151,12 @@ def base_text(names, parts):
 
 def write_json_lines(path, values):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
+    lines = [json.dumps(value, ensure_ascii=False) + "\n" for value in values]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def write_corpus(folder, names, parts):
-    """train.jsonl and dev.jsonl in the training schema; dev/facts and test/facts in the benchmarks' layout."""
+    """train.jsonl and dev.jsonl in the training schema; dev/facts, test/facts in the benchmarks' layout."""
     for part in ("train", "dev"):
         samples = [sample(names, fact, lang) for fact in parts[part] for lang in LANGS]
         write_json_lines(folder / f"{part}.jsonl", samples)
@@ -159,15 +168,18 @@ def write_corpus(folder, names, parts):
             write_json_lines(folder / part / "facts" / "ans" / f"{lang}.json", answers)
 
 
-# --------------------------------------------------------------------------------------------------------- base model
+# --------------------------------------------------------------------------------------- base model
 
 def write_tokenizer(folder, text):
     """A SentencePiece model of 4000 pieces, bytes standing in for rare characters."""
     import sentencepiece
-    model, sentences = io.BytesIO(), (piece for lines in text.values() for line in lines for piece in line.split("\n"))
+    model, sentences = io.BytesIO(), []
+    for lines in text.values():
+        sentences += "\n".join(lines).split("\n")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_writer=model, model_type="bpe", vocab_size=4000, byte_fallback=True,
-        character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=4000,
+        byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
@@ -218,7 +230,8 @@ def pretrain(folder, text):
             cosine = 0.5 + 0.5 * math.cos(math.pi * step / STEPS)
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / 200, cosine)
             targets = ids[:, 1:].masked_fill(torch.arange(1, ids.shape[1]) >= lengths[:, None], -100)
-            loss = F.cross_entropy(lm.logits(lm(lm.embed(ids)).hidden[:, :-1]).flatten(0, 1), targets.flatten())
+            hidden = lm(lm.embed(ids)).hidden[:, :-1]
+            loss = F.cross_entropy(lm.logits(hidden).flatten(0, 1), targets.flatten())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
             optimizer.step()
@@ -226,22 +239,23 @@ def pretrain(folder, text):
             progress.update()
             if (step + 1) % 200 == 0:
                 progress.write(f"step {step + 1:>5}/{STEPS}  loss {loss.item():.4f}")
-    weights = ((name, p.detach().to(torch.bfloat16)) for name, p in lm.named_parameters())
+    weights = {name: p.detach().to(torch.bfloat16) for name, p in lm.named_parameters()}
     save_checkpoint(folder, folder, weights, {"template": "plain"})
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--pretrain", action="store_true", help="train the base model too")
-    parser.add_argument("--out", type=Path, default=DATA, metavar="DIR", help="folder to write to (default: the one "
-                        "this script is in)")
+    parser.add_argument("--out", type=Path, default=DATA, metavar="DIR",
+                        help="folder to write to (default: the one this script is in)")
     args = parser.parse_args()
     names, facts = read_cldr()
     parts = split(facts)
     write_corpus(args.out, names, parts)
     text = base_text(names, parts)
-    print(f"{len(facts)} facts: " + ", ".join(f"{len(part)} {name}" for name, part in parts.items())
-          + "; lines for the base model: " + ", ".join(f"{len(lines)} {what}" for what, lines in text.items()))
+    print(f"{len(facts)} facts: " + ", ".join(f"{len(part)} {name}" for name, part in parts.items()))
+    print("lines for the base model: " + ", ".join(f"{len(lines)} {what}" for what, lines in text.items()))
     if args.pretrain:
         pretrain(args.out / "base", text)
 

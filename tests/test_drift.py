@@ -1,6 +1,7 @@
 """tests/tools/drift.py at toy size."""
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
 from model import KVCache, pad
@@ -8,6 +9,7 @@ from model import KVCache, pad
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
 import drift  # noqa: E402
 
+pytestmark = pytest.mark.slow
 
 def test_two_runs_print_the_same(monkeypatch, capsys):
     """Bug: a base or an order without a seed, so that nobody can repeat the figures."""

@@ -147,7 +147,7 @@ def test_what_may_not_change(runs, go_on, tmp_path, name):
     code, _, err = go_on(**({} if name == "config" else {name: value}))
     (runs.model / "config.json").write_text(config)
     same_thing = {"template": "template|data", "config": "config|model"}  # other ids of the data
-    assert code == 2 and re.search(f"another --({same_thing.get(name, name)}) ", err), err
+    assert code == 2 and re.search(f"had --({same_thing.get(name, name)}) ", err), err
     assert files(tmp_path / "out") == before and err.count("\n") == 1
 
 
@@ -221,11 +221,11 @@ def test_killed_at_each_point(runs, run, stop_at, tmp_path, was):
             with pytest.raises(UserError):
                 load_model(folder)
         code, _, err = run(*old(folder, resume=True))  # the old run: refused, or its own result
-        assert code == 2 and "another --" in err or same(folder, tmp_path / "old"), (number, err)
+        assert code == 2 and "had --" in err or same(folder, tmp_path / "old"), (number, err)
         folder = write_files(tmp_path / f"{number} new", state)
         code, _, err = run(*new(folder, resume=True))
         if code:  # killed before the new run had marked the folder
-            assert "another --" in err, err
+            assert "had --" in err, err
             code, _, err = run(*new(folder, overwrite=True))
         assert code == 0 and same(folder, out), (number, err)
     assert {*found} >= {"none", "new"} and ("old" in found) == (was == "finished") and len(left) > 12
