@@ -133,7 +133,7 @@ def generators(folder, dtype, peer_prompts):
 
 # ----------------------------------------------------------------------------------------- measuring
 
-def medians(functions, repeats):
+def measure(functions, repeats, of=statistics.median):
     """{name: median seconds}, the functions taking turns; the first turn is not counted."""
     times = {name: [] for name in functions}
     for _ in range(repeats + 1):
@@ -142,7 +142,7 @@ def medians(functions, repeats):
             began = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+    return {name: of(seconds[1:]) for name, seconds in times.items()}
 
 
 def memory_of_step(folder, name):
@@ -191,7 +191,7 @@ def row(what, value, at_most=None, at_least=None):
 
 
 def training_rows(folder, repeats):
-    times = medians({**their_steps(folder), **our_steps(folder)}, repeats)
+    times = measure({**their_steps(folder), **our_steps(folder)}, repeats)
     for other, bound in (("HF plain", 0.75), ("hooks cc", 0.75), ("ours sft", 1.25)):
         row(f"step, ours cc / {other}", times["ours cc"] / times[other], at_most=bound)
     memory = {name: memory_of_step(folder, name) for name in ("ours cc", "HF plain")}
@@ -199,11 +199,11 @@ def training_rows(folder, repeats):
 
 
 def answering_rows(folder, repeats):
-    times = medians(our_answers(folder), 10 * repeats)
+    times = measure(our_answers(folder), 10 * repeats, of=min)  # a small difference: medians are too noisy
     connection, step = times["connected"] - times["plain"], (times["eight more"] - times["connected"]) / 8
     row("the connection in decode steps, 128 tokens of one prompt", connection / step, at_most=0.80)
     for dtype, peers in (("float32", 2 if repeats < 3 else MANY), ("bfloat16", 0)):
-        times = medians(generators(folder, dtype, peers), max(1, repeats // 2))
+        times = measure(generators(folder, dtype, peers), max(1, repeats // 2))
         row(f"generation, {dtype}, ours connected / HF generate: tokens/s",
             times["HF generate"] / times["ours"], at_least=1.25)
         if peers:
