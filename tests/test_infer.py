@@ -20,7 +20,6 @@ from conftest import (PAIRS, ROOT, SPECIAL_TOKENS, json_lines, reading, sentence
 from model import MLP
 from reference import Reference, prompt_ids
 
-TEMPLATES = ["llama3", "chatml", "mistral"]  # they connect at the last token, before it, and in the text
 ROLE = "chatml, assistant in several pieces"  # as in SmolLM2's tokenizer
 STOP = [2, *range(330, 400)]  # many tokens end an answer, so that rows stop at different times
 RECORDS = [{"instruction": own, "instruction_en": english, "lang": lang} for own, english, _, lang in PAIRS]
@@ -139,7 +138,7 @@ def test_from_python(connected):
         engine.answer("abc")
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", ["llama3", "chatml", "mistral"])
 def test_the_connection_costs_a_few_tokens(connected, run, monkeypatch, template):
     """Catches a second pass over more than the tokens from the connection position on."""
     folder, prompt = connected(template), "Nini mji mkuu wa Kenya, na wa India? " * 3
@@ -231,12 +230,13 @@ def test_seed(dice, ask):
 # ------------------------------------------------------------------------------------ the command line
 
 def test_prompt_streams(tmp_path, run):
-    """Catches a stream that differs from the answer in one piece, and --explain without its layer."""
+    """Catches a stream that differs from the whole answer, --template ignored, --explain without a layer."""
     folder, own = write_connection(write_checkpoint(tmp_path / "model", "llama3", seed=4)), PAIRS[0][0]
-    text, chances = expected_answer(folder, "llama3", own, count=25, stop=[2])
+    text, chances = expected_answer(folder, "plain", own, count=25, stop=[2])
     explained = (f"[connection matrix: from layer {chances.index(max(chances))} of 0-3; "
                  f"probabilities {' '.join(f'{p:.2f}' for p in chances)}]\n")
-    code, out, _ = run("infer", "--model", folder, "--prompt", own, "--max_new_tokens=25", "--explain")
+    options = ("--template=plain", "--max_new_tokens=25", "--explain")
+    code, out, _ = run("infer", "--model", folder, "--prompt", own, *options)
     assert (code, out) == (0, explained + text + "\n") and len(text) > 20
 
 
