@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 import calls
 import model
-from conftest import (CONFIG, PAIRS, losses, reading, tensors, training, worst_difference,
-                      write_checkpoint, write_data)
-from model import Config, load_model
+from conftest import (CONFIG, PAIRS, losses, tensors, training, worst_difference, write_checkpoint,
+                      write_data)
+from model import Config, load_model, read_records
 from reference import Reference, answer_ids, prompt_ids
 
 INDEX = "model.safetensors.index.json"
@@ -61,26 +61,20 @@ SPELLINGS = [  # more in config.json, and what then differs from DEFAULTS
     ({}, {}), (OTHERS, OTHERS),
     ({"cctuning": FUSED}, {"cctuning": FUSED, **FUSED}),
     ({"num_key_value_heads": None, "head_dim": None, "rope_scaling": None, "eos_token_id": None}, {}),
-    ({"vocab_size": "512", "hidden_size": 48.0, "rms_norm_eps": "1e-6"}, {}),  # as other programs write them
-    ({"tie_word_embeddings": None, "initializer_range": 0}, {"initializer_range": 0.0}),
     (LONG, {"max_length": 9999}), ({**LONG, **WINDOW}, {"max_length": 9999}),
     ({"eos_token_id": 8}, {"eos_token_ids": (8,)}), ({"eos_token_id": [8, 9]}, {"eos_token_ids": (8, 9)}),
     # A window applies to Mistral, where it is 4096 unless given, null for none; to Qwen if switched on.
     ({"model_type": "mistral", **LONG}, {"max_length": 4096}),
     ({"model_type": "mistral", **LONG, **WINDOW}, {"max_length": 64}),
     ({"model_type": "mistral", **LONG, "sliding_window": None}, {"max_length": 9999}),
-    ({"model_type": "mistral", "sliding_window": 9999}, {}),
     ({"model_type": "qwen2", **WINDOW, "use_sliding_window": False}, {"qkv_bias": True}),
     ({"model_type": "qwen2", **WINDOW, "use_sliding_window": True}, {"qkv_bias": True, "max_length": 64}),
     ({**WINDOW, "layer_types": ["sliding_attention"] * 4}, {"max_length": 64}),
-    # Rotary positions, as transformers 4, earlier ones, and 5 spell it; rope_scaling comes first.
+    # Rotary positions, as transformers 4, earlier ones, and 5 spell it.
     ({"rope_scaling": LLAMA3}, {"rope_scaling": LLAMA3}),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_scaling": LINEAR}),
     ({"rope_parameters": PLAIN}, {"rope_theta": 5e5}),
     ({"rope_parameters": {**LINEAR, "rope_theta": 5e5}}, {"rope_scaling": LINEAR, "rope_theta": 5e5}),
-    ({"rope_scaling": LINEAR, "rope_parameters": PLAIN, "rope_theta": 5e5},
-     {"rope_scaling": LINEAR, "rope_theta": 5e5}),
-    ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 45.2e9}, {"rope_theta": 45.2e9}),
     ({"attention_bias": True}, {"qkv_bias": True, "output_bias": True}),
     ({"model_type": "mistral", "attention_bias": True}, {}), ({"model_type": "qwen3"}, {"qk_norm": True}),
     ({"model_type": "smollm3"}, {"rope_layers": (True, True, True, False), "tie_word_embeddings": True}),
@@ -93,9 +87,7 @@ SPELLINGS = [  # more in config.json, and what then differs from DEFAULTS
 
 @pytest.mark.parametrize("says, differs", SPELLINGS)
 def test_config(tmp_path, says, differs):
-    """Catches a default other than transformers', a sliding window ignored where it applies or applied
-    where it is off, one of two sources of a number taken that transformers does not take, a value missed
-    in one spelling."""
+    """Catches a default other than transformers', a sliding window ignored, a spelling missed."""
     (tmp_path / "config.json").write_text(json.dumps({**SIZES, **says}))
     config = Config.read(tmp_path)
     assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **differs}
@@ -139,8 +131,7 @@ def test_loaded_in_the_dtype_asked_for(checkpoint, tmp_path, stored, asked):
 
 @pytest.mark.parametrize("dtype, tied", [("float32", True), ("float16", False), ("mixed", True)])
 def test_what_is_saved_is_what_was_loaded(checkpoint, tmp_path, ran, dtype, tied):
-    """Catches a tensor saved in another dtype, a tied head written twice, and an index that lists too few
-    files, too many, or tensors of another size."""
+    """Catches a tensor saved in another dtype, a tied head written twice, and a wrong index."""
     source = rewritten(checkpoint(tie_word_embeddings=tied), tmp_path / "source", in_dtype(dtype))
     first, weights = copied(ran, source, tmp_path / "first"), tensors(source)
     assert abs(losses(first)[0] - plain_loss(source)) < 1e-4
@@ -163,8 +154,7 @@ CHANGED = {"tokenizer_config.json": '{"chat_template": "{{ messages }}", "paddin
 
 
 def test_what_else_is_copied(checkpoint, tmp_path, ran):
-    """Catches a tokenizer file left behind, and an entry of config.json lost or changed: torch_dtype names
-    the dtype of the weights, others serve other programs."""
+    """Catches a tokenizer file left behind, and an entry of config.json lost or changed."""
     source = write_checkpoint(tmp_path / "source", torch_dtype="bfloat16", use_cache=True, pad_token_id=None)
     for name, content in {**KEPT, **CHANGED, "README.md": "of another model"}.items():
         (source / name).write_text(content)
@@ -185,8 +175,7 @@ def test_what_else_is_copied(checkpoint, tmp_path, ran):
     {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}], ids=str)
 def test_transformers_opens_what_we_save(tmp_path, ran, changes):
-    """Catches names, a config or an index that transformers does not understand, the connection taken for
-    weights, and a difference in the decoder."""
+    """Catches a folder that transformers does not understand, and a difference in the decoder."""
     transformers = pytest.importorskip("transformers")
     source, data = write_checkpoint(tmp_path / "source", **changes), write_data(tmp_path / "data.jsonl")
     ran(*training(source, data, tmp_path / "out", epochs=1, ridge=0.1))
@@ -198,8 +187,7 @@ def test_transformers_opens_what_we_save(tmp_path, ran, changes):
 
 
 def test_unused_tensors(checkpoint, tmp_path, ran):
-    """Catches the refusal of checkpoints with unused tensors: lm_head.weight beside a tied embedding,
-    rotary buffers of old Llama files. The result has neither."""
+    """Catches the refusal of lm_head.weight beside a tied embedding, and of old Llama's rotary buffers."""
     unused = {f"model.{place}rotary_emb.inv_freq": torch.ones(6) for place in ("", "layers.0.self_attn.")}
     for tied, head in ((False, {}), (True, {"lm_head.weight": torch.zeros(512, 48)})):
         source = checkpoint(tie_word_embeddings=tied)
@@ -220,29 +208,12 @@ def test_one_file_before_an_index(checkpoint, tmp_path):
     assert not any(parameter.any() for parameter in load_model(folder).parameters())
 
 
-STRANGE = [("Nini\u2028mji\u2029mkuu\x85wa Kenya?", "What?", "Nairobi\u2028", "sw"),
-           ("\ufeff mbili", "two", " tano\x0b", "sw"), ("भारत \u200d", "India", "दिल्ली", "hi")]
-
-
-@pytest.mark.parametrize("form", ["lines", "CRLF", "list"])
-def test_text_files(checkpoint, tmp_path, ran, form):
-    """Catches a byte order mark read as text, in data or checkpoint files; lines split at U+2028, which
-    JSON allows inside strings; Windows line ends; stripped texts."""
-    folder, data = shutil.copytree(checkpoint(), tmp_path / "model"), tmp_path / "data.json"
-    (folder / "tokenizer_config.json").write_text("{}")
-    lines = write_data(data, STRANGE).read_text(encoding="utf-8").split("\n")
-    forms = {"lines": "\n".join(lines) + "\n\n", "CRLF": "\r\n".join(lines), "list": f"\n[{','.join(lines)}]"}
-    data.write_bytes(forms[form].encode())
-    for path in (data, folder / "config.json", folder / "tokenizer_config.json"):
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    ran(*training(folder, data, tmp_path / "out", method="sft", lr=0, epochs=1))
-    assert abs(losses(tmp_path / "out")[0] - plain_loss(folder, STRANGE)) < 1e-4
-    with reading() as read:
-        ran("infer", "--model", folder, "--input", data, "--output", tmp_path / "answers.jsonl",
-            "--batch_size=1", "--max_new_tokens=1")
-    assert sorted(ids for (ids,) in read) == sorted(prompt_ids(folder, own)[0] for own, *_ in STRANGE)
-    answers = (tmp_path / "answers.jsonl").read_bytes().decode().split("\n")
-    assert [json.loads(line)["instruction"] for line in answers if line] == [own for own, *_ in STRANGE]
+def test_text_files(tmp_path):
+    """Catches a byte order mark read as text, and lines split at U+2028, which JSON allows in a string."""
+    texts = ["Nini\u2028mji mkuu\x85wa Kenya?", " mbili", "भारत \u200d"]
+    lines = [json.dumps({"instruction": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [record.prompt for record in read_records(tmp_path / "data.jsonl")] == texts
 
 
 def test_a_process_reads_only_its_rows(checkpoint, monkeypatch):
