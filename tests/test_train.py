@@ -183,7 +183,7 @@ def test_matrix_and_validation(trained):
         size = note["prompts"]
         fit, test = [foreign[i] for i in order[:size]], [foreign[i] for i in order[size:]]
         matrix = fitted(model, fit, 0.1)
-        assert len(fit) + len(test) == len(set(order)) == 10 and len(test) == note["held_out"] in (1, 2)
+        assert len(fit) + len(test) == len(set(order)) == 10 and len(test) == note["held_out"] > 0
         assert saved.dtype == torch.float32 and (saved - matrix).abs().max() < 1e-3 * matrix.abs().max()
         if len({tuple(english) for _, english, *_ in test}) > 1:  # else nothing to explain
             assert note["r_squared"] == pytest.approx(explained(model, test, matrix), abs=2e-3)
