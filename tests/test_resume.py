@@ -239,9 +239,10 @@ def test_skipped_steps(tmp_path, run, monkeypatch):
     bad = [name for name, tensor in tensors(out).items() if not tensor.isfinite().all()]
     assert bad == ["model.embed_tokens.weight"]
     write_data(data, [poison] * 13)
-    code, _, err = run(*command(model, data, tmp_path / "bad", save_every=1))
-    assert code == 2 and str(data) in err and "10 steps" in err and err.count("\n") == 1
-    assert not saved_steps(tmp_path / "bad") and not (tmp_path / "bad" / INDEX).exists()
+    for epochs, skipped in ((4, "10 steps"), (1, "3 steps")):
+        code, _, err = run(*command(model, data, tmp_path / "bad", epochs=epochs, save_every=1))
+        assert code == 2 and str(data) in err and skipped in err and err.count("\n") == 1
+        assert not saved_steps(tmp_path / "bad") and not (tmp_path / "bad" / INDEX).exists()
 
 
 @pytest.mark.parametrize("method", ["cc", "sft"])
