@@ -295,6 +295,17 @@ def json_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def files(folder):
+    """{path: content} of a folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def saved_steps(out):
+    """The steps of the complete checkpoints."""
+    names = sorted(path.name for path in (out / "checkpoints").glob("step-???????"))
+    return [int(name.removeprefix("step-")) for name in names]
+
+
 def text_of(folder, ids):
     """The text of ids, by a folder's tokenizer.model, without control tokens and ids without a piece."""
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

@@ -6,19 +6,17 @@ import resource
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
-from conftest import (UNEVEN, json_lines, losses, same, sentencepiece_model, tensors, training,
-                      worst_difference, write_checkpoint, write_data)
+from conftest import (UNEVEN, files, json_lines, losses, same, saved_steps, sentencepiece_model, tensors,
+                      training, worst_difference, write_checkpoint, write_data)
 from model import UserError, load_model
 
 command = partial(training, lr=1e-3, epochs=4, micro_batch=2, save_every=5, ridge=0.1)  # 12 steps
@@ -34,23 +32,12 @@ OTHERS = {"eval_data", "out", "overwrite", "resume", "memory_plan", "help"}
 RELABELLED = [*UNEVEN[:3], (*UNEVEN[3][:3], "en"), *UNEVEN[4:]]  # the same texts, one called English
 
 
-def files(folder):
-    """{path: content} of a folder."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def write_files(folder, contents):
-    """The other way round."""
+    """files(), the other way round."""
     for path, content in contents.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     return folder
-
-
-def saved_steps(out):
-    """The steps of the complete checkpoints."""
-    names = [path.name for path in (out / "checkpoints").glob("step-*")]
-    return sorted(int(name.removeprefix("step-")) for name in names if not name.endswith(".tmp"))
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +71,7 @@ def go_on(runs, run, tmp_path):
 # ------------------------------------------------------------------------------------ stopped, resumed
 
 def test_stopped_and_resumed(runs, go_on, tmp_path):
-    """Catches moments, step, order, noise or learning rate other than before, a step left out or done
-    twice, lines of the log lost or doubled, an unfinished checkpoint used, one too many kept."""
+    """Catches other moments, order, noise or learning rate, lost lines of the log, half a checkpoint used."""
     code, said, _ = runs.result
     assert code == 128 + signal.SIGTERM and re.search("stopped after step 7 of 12.* --resume", said)
     assert saved_steps(runs.stopped) == [5, 7] and not (runs.stopped / INDEX).exists()
@@ -101,14 +87,14 @@ def test_stopped_and_resumed(runs, go_on, tmp_path):
     assert saved_steps(out) == saved_steps(runs.whole) == [10, 12] and not list(out.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff{"], ids=["missing", "empty", "not UTF-8"])
-def test_a_damaged_log(runs, go_on, tmp_path, content):
-    """Catches a run that cannot go on without its log, which nothing depends on."""
-    log = tmp_path / "out" / LOG
-    log.unlink() if content is None else log.write_bytes(content)
-    code, said, err = go_on(eval_data=runs.data)
-    assert code == 0 and "resumed after step 7" in said and same(runs.whole, tmp_path / "out"), err
-    assert len(losses(tmp_path / "out")) == 5
+def test_other_files_in_out(runs, go_on, tmp_path):
+    """Catches a run that needs its log, and an older result's tokenizer.json, read before tokenizer.model."""
+    (tmp_path / "out" / LOG).write_bytes(b"\xff{")
+    for name in ("tokenizer.json", "chat_template.jinja", "vocab.json"):
+        (tmp_path / "out" / name).write_text("{}")
+    code, _, err = go_on()
+    assert code == 0 and same(runs.whole, tmp_path / "out") and len(losses(tmp_path / "out")) == 5, err
+    assert files(tmp_path / "out").keys() == files(runs.whole).keys()
 
 
 def test_a_damaged_checkpoint(go_on, tmp_path):
@@ -123,31 +109,20 @@ def test_a_damaged_checkpoint(go_on, tmp_path):
     assert code == 0 and "resumed after step 5" in said, err
 
 
-def test_tokenizer_files_of_an_older_result(runs, go_on, tmp_path):
-    """Catches files that a kill has left: tokenizer.json would be read before tokenizer.model."""
-    for name in ("tokenizer.json", "chat_template.jinja", "vocab.json"):
-        (tmp_path / "out" / name).write_text("{}")
-    assert go_on()[0] == 0 and files(tmp_path / "out").keys() == files(runs.whole).keys()
-
-
 def test_every_option_is_known(ran):
     """Catches a new option that the tables above lack: may it change when a run is resumed?"""
     there = re.findall(r"^  (?:-h, )?--(\w+)", ran("train", "--help"), re.MULTILINE)
     assert "lr" in there and set(there) <= {*CHANGES, *FREE, *OTHERS}
 
 
-@pytest.mark.parametrize("name", [*CHANGES, "config"])
+@pytest.mark.parametrize("name", CHANGES)
 def test_what_may_not_change(runs, go_on, tmp_path, name):
-    """Catches a resumed run that is a mixture of two: other options, data, or another config.json."""
+    """Catches a resumed run that is a mixture of two: other options or data."""
     before, data = files(tmp_path / "out"), write_data(tmp_path / "data.jsonl", RELABELLED)
-    config = (runs.model / "config.json").read_text()
-    value = {"model": runs.other, "data": data}.get(name, CHANGES.get(name))
-    if name == "config":
-        (runs.model / "config.json").write_text(config.replace("10000.0", "500000.0"))
-    code, _, err = go_on(**({} if name == "config" else {name: value}))
-    (runs.model / "config.json").write_text(config)
-    same_thing = {"template": "template|data", "config": "config|model"}  # other ids of the data
-    assert code == 2 and re.search(f"had --({same_thing.get(name, name)}) ", err), err
+    value = {"model": runs.other, "data": data}.get(name, CHANGES[name])
+    code, _, err = go_on(**{name: value})
+    named = "template|data" if name == "template" else name  # it makes other ids of the data
+    assert code == 2 and re.search(f"had --({named}) ", err), err
     assert files(tmp_path / "out") == before and err.count("\n") == 1
 
 
@@ -202,8 +177,7 @@ def model_of(contents):
 
 @pytest.mark.parametrize("was", ["finished", "stopped"])
 def test_killed_at_each_point(runs, run, stop_at, tmp_path, was):
-    """Catches a kill during --overwrite, a checkpoint or the saving of the result that leaves a mixture
-    of two models that loads, lets one run go on from the other's checkpoint, or lets none go on."""
+    """Catches a kill after which a mixture of two models loads, a run goes on from another's, or none can."""
     old, new = (partial(short, model, runs.data) for model in (runs.other, runs.model))
     out = tmp_path / "out"
     run(*old(tmp_path / "old"))
@@ -233,8 +207,7 @@ def test_killed_at_each_point(runs, run, stop_at, tmp_path, was):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals(runs, run, stop_at, tmp_path, monkeypatch, number):
-    """Catches a second signal that does not end the run at once, a first one without a word, exit code
-    0, and work lost where stderr has gone (| tee, which the same Ctrl-C ends)."""
+    """Catches a second signal without effect, a first one without a word, and work lost (| tee)."""
     said, before = [], signal.getsignal(number)
 
     def write(descriptor, text):
@@ -250,51 +223,26 @@ def test_signals(runs, run, stop_at, tmp_path, monkeypatch, number):
 
 # -------------------------------------------------------------------------- broken samples, full disks
 
-def write_poison(folder, value=float("inf"), eps=1e-6):
-    """A checkpoint with one bad embedding, of a token that PAIRS lack. Returns a sample with it."""
-    write_checkpoint(folder, rms_norm_eps=eps, **SMALL)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][3 + 0xE2] = value  # the byte piece E2
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return ("\u2620", "skull", "bones", "sw")
-
-
-@pytest.mark.parametrize("value, eps, found", [
-    (float("inf"), 1e-6, "loss nan"), (1e-30, 1e-45, "gradient norm inf")])
-def test_skipped_steps(tmp_path, run, monkeypatch, value, eps, found):
-    """Catches a broken sample that ruins all weights or the matrix, by its loss or its gradient alone, a
-    run given up for skipped steps that are not in a row, and one that skips for ever."""
-    poison, out = write_poison(tmp_path / "model", value, eps), tmp_path / "out"
+def test_skipped_steps(tmp_path, run, monkeypatch):
+    """Catches a sample that ruins all weights, a run given up too early, and one that skips for ever."""
+    model, out = write_checkpoint(tmp_path / "model", **SMALL), tmp_path / "out"
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][3 + 0xE2] = torch.inf  # the byte piece E2, which PAIRS lack
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    poison = ("\u2620", "skull", "bones", "sw")
     data = write_data(tmp_path / "data.jsonl", [*UNEVEN, poison])
     monkeypatch.setattr(train, "MAX_SKIPPED", 3)
-    code, said, err = run(*command(tmp_path / "model", data, out, seed=2))  # seed: it is in the fit
+    code, said, err = run(*command(model, data, out, seed=2))  # seed: it is in the fit
     monkeypatch.undo()
-    assert code == 0, err
-    lines = [line for line in said.splitlines() if " skipped: " in line]
-    assert len(lines) == 4 and all(found in line for line in lines)  # once an epoch
+    assert code == 0 and said.count(" skipped: loss nan") == 4, err  # once an epoch
     assert len(losses(out)) == 8 and "NaN" not in (out / LOG).read_text()
     bad = [name for name, tensor in tensors(out).items() if not tensor.isfinite().all()]
-    assert bad == ["model.embed_tokens.weight"] * (value > 1)
-    code, _, err = run(*command(
-        tmp_path / "model", write_data(data, [poison] * 13), tmp_path / "bad", save_every=1))
-    assert code == 2 and str(data) in err and "10 steps" in err and err.count("\n") == 1
-    assert not saved_steps(tmp_path / "bad") and not (tmp_path / "bad" / INDEX).exists()
-
-
-def test_stopped_in_a_skipped_first_step(tmp_path, run):
-    """Catches a checkpoint of AdamW before its first update: get_state_dict would count a step for it."""
-    data = write_data(tmp_path / "data.jsonl", [*UNEVEN, write_poison(tmp_path / "model")])
-    mine, hooks = partial(command, tmp_path / "model", data, epochs=1, seed=0), []
-
-    def stop(*_):
-        hooks.pop().remove()
-        signal.raise_signal(signal.SIGTERM)
-    run(*mine(tmp_path / "whole"))
-    assert "skipped" in json_lines(tmp_path / "whole" / LOG)[0]  # with this seed
-    hooks.append(register_module_forward_pre_hook(stop))
-    assert run(*mine(tmp_path / "out"))[0] == 128 + signal.SIGTERM
-    code, _, err = run(*mine(tmp_path / "out", resume=True))
-    assert code == 0 and same(tmp_path / "whole", tmp_path / "out"), err
+    assert bad == ["model.embed_tokens.weight"]
+    write_data(data, [poison] * 13)
+    for epochs, skipped in ((4, "10 steps"), (1, "3 steps")):
+        code, _, err = run(*command(model, data, tmp_path / "bad", epochs=epochs, save_every=1))
+        assert code == 2 and str(data) in err and skipped in err and err.count("\n") == 1
+        assert not saved_steps(tmp_path / "bad") and not (tmp_path / "bad" / INDEX).exists()
 
 
 @pytest.mark.parametrize("method", ["cc", "sft"])
@@ -308,23 +256,15 @@ def test_training_that_diverges(runs, run, tmp_path, monkeypatch, method):
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-@contextmanager
-def largest_file(size):
-    """Files may not grow beyond this size: the system refuses as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("save_every", [5, False], ids=["checkpoint", "result"])
-def test_a_full_disk(runs, go_on, tmp_path, save_every):
-    """Catches a traceback (SafetensorError is no OSError), half a result that loads, and a checkpoint lost
-    where the next one or the result does not fit."""
-    with largest_file(60_000):
-        code, _, err = go_on(save_every=save_every)
+def test_a_full_disk(runs, go_on, tmp_path, request, save_every):
+    """Catches a traceback, half a result that loads, a checkpoint lost where the next does not fit."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    free = partial(resource.setrlimit, resource.RLIMIT_FSIZE, before)
+    request.addfinalizer(free)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))  # bytes of a file
+    code, _, err = go_on(save_every=save_every)
+    free()
     assert code == 2 and err.count("\n") == 1 and saved_steps(tmp_path / "out") == [5, 7], err
     with pytest.raises(UserError):
         load_model(tmp_path / "out")
