@@ -223,21 +223,25 @@ def test_signals(runs, run, stop_at, tmp_path, monkeypatch, number):
 
 # -------------------------------------------------------------------------- broken samples, full disks
 
-def test_skipped_steps(tmp_path, run, monkeypatch):
-    """Catches a sample that ruins all weights, a run given up too early, and one that skips for ever."""
-    model, out = write_checkpoint(tmp_path / "model", **SMALL), tmp_path / "out"
+@pytest.mark.parametrize("value, eps, found", [
+    (torch.inf, 1e-6, "loss nan"), (1e-30, 1e-45, "gradient norm inf")])
+def test_skipped_steps(tmp_path, run, monkeypatch, value, eps, found):
+    """Catches a sample that ruins all weights, by its loss or its gradient alone, a run given up too early,
+    and one that skips for ever."""
+    model, out = write_checkpoint(tmp_path / "model", rms_norm_eps=eps, **SMALL), tmp_path / "out"
     weights = load_file(model / "model.safetensors")
-    weights["model.embed_tokens.weight"][3 + 0xE2] = torch.inf  # the byte piece E2, which PAIRS lack
+    weights["model.embed_tokens.weight"][3 + 0xE2] = value  # the byte piece E2, which PAIRS lack
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     poison = ("\u2620", "skull", "bones", "sw")
     data = write_data(tmp_path / "data.jsonl", [*UNEVEN, poison])
     monkeypatch.setattr(train, "MAX_SKIPPED", 3)
     code, said, err = run(*command(model, data, out, seed=2))  # seed: it is in the fit
     monkeypatch.undo()
-    assert code == 0 and said.count(" skipped: loss nan") == 4, err  # once an epoch
+    lines = [line for line in said.splitlines() if " skipped: " in line]
+    assert code == 0 and len(lines) == 4 and all(found in line for line in lines), err  # once an epoch
     assert len(losses(out)) == 8 and "NaN" not in (out / LOG).read_text()
     bad = [name for name, tensor in tensors(out).items() if not tensor.isfinite().all()]
-    assert bad == ["model.embed_tokens.weight"]
+    assert bad == ["model.embed_tokens.weight"] * (value > 1)
     write_data(data, [poison] * 13)
     for epochs, skipped in ((4, "10 steps"), (1, "3 steps")):
         code, _, err = run(*command(model, data, tmp_path / "bad", epochs=epochs, save_every=1))
