@@ -18,7 +18,7 @@ from conftest import CONFIG, json_lines, launch, training
 from model import Config, Tokenizer
 
 MODEL, DATA, TOKENIZERS = [Path(os.environ.get(name, "/nowhere")) for name in ("MODEL", "DATA", "TOKENIZERS")]
-needs_both = pytest.mark.skipif(not (MODEL.exists() and DATA.exists()), reason="set MODEL and DATA")
+needs_both = pytest.mark.skipif(not (MODEL.exists() and DATA.exists()), reason="real weights are too large to ship: set MODEL, DATA")
 
 
 @needs_both
@@ -58,7 +58,7 @@ def test_two_processes_share_the_memory(tmp_path, monkeypatch):
     assert peaks[2] < 0.7 * peaks[1], peaks
 
 
-@pytest.mark.skipif(not (MODEL / "expected.json").exists(), reason="set MODEL; it needs an expected.json")
+@pytest.mark.skipif(not (MODEL / "expected.json").exists(), reason="too large to ship: set MODEL, with expected.json")
 @torch.no_grad()
 def test_expected_continuations():
     """Greedy tokens from BOS and a prompt without template, and their text."""
@@ -71,7 +71,7 @@ def test_expected_continuations():
         assert ids == case["ids"] and tokenizer.decode(ids) == case["text"]
 
 
-@pytest.mark.skipif(not TOKENIZERS.exists(), reason="set TOKENIZERS")
+@pytest.mark.skipif(not TOKENIZERS.exists(), reason="real tokenizers are not ours to ship: set TOKENIZERS")
 def test_templates(tmp_path):
     """Ids, connection position and end of turn of every expected prompt."""
     for case in json.loads((TOKENIZERS / "expected.json").read_text()):
