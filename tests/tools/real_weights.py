@@ -18,7 +18,8 @@ from conftest import CONFIG, json_lines, launch, training
 from model import Config, Tokenizer
 
 MODEL, DATA, TOKENIZERS = [Path(os.environ.get(name, "/nowhere")) for name in ("MODEL", "DATA", "TOKENIZERS")]
-needs_both = pytest.mark.skipif(not (MODEL.exists() and DATA.exists()), reason="real weights are too large to ship: set MODEL, DATA")
+needs_both = pytest.mark.skipif(
+    not (MODEL.exists() and DATA.exists()), reason="too large to ship: set MODEL, DATA")
 
 
 @needs_both
@@ -58,7 +59,7 @@ def test_two_processes_share_the_memory(tmp_path, monkeypatch):
     assert peaks[2] < 0.7 * peaks[1], peaks
 
 
-@pytest.mark.skipif(not (MODEL / "expected.json").exists(), reason="too large to ship: set MODEL, with expected.json")
+@pytest.mark.skipif(not (MODEL / "expected.json").exists(), reason="too large to ship: set MODEL")
 @torch.no_grad()
 def test_expected_continuations():
     """Greedy tokens from BOS and a prompt without template, and their text."""
