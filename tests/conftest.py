@@ -168,16 +168,15 @@ def write_data(path, pairs=PAIRS):
     return path
 
 
-def write_benchmark(folder, items=5):
-    """XNLI's prompts and gold answers in English and Swahili, in the layout of eval.py."""
-    for kind in ("split_sample", "ans_sample"):
-        (folder / "XNLI" / kind).mkdir(parents=True, exist_ok=True)
-    for lang in ("en", "sw"):
-        prompts = [json.dumps({"instruction": f"{lang} question {i}?"}) for i in range(items)]
-        golds = [json.dumps(str(i % 3 + 1)) for i in range(items)]
-        (folder / "XNLI" / "split_sample" / f"{lang}.json").write_text("\n".join(prompts))
-        (folder / "XNLI" / "ans_sample" / f"{lang}.json").write_text("\n".join(golds))
-    return folder
+def write_task(folder, task, lang, items, sample="_sample", english=()):
+    """Prompts and golds of a task. items: [(prompt, gold)]; english: the prompts of split_en."""
+    parts = {"split" + sample: [{"instruction": prompt} for prompt, _ in items],
+             "ans" + sample: [gold for _, gold in items],
+             f"split{sample}_en": [{"instruction": text} for text in english]}
+    for part in [part for part in parts if parts[part]]:
+        path = folder / "bench" / task / part / f"{lang}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in parts[part]), "utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -205,8 +204,7 @@ def training(model, data, out, **options):
 def run():
     """run("train", *arguments): (exit code, stdout, stderr) of the script's main() in this process."""
     def call(script, *arguments):
-        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True)
-                    for _ in range(2))
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True) for _ in range(2))
         code = 0
         with (mock.patch.object(sys, "argv", [f"{script}.py", *map(str, arguments)]),
               contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):

@@ -16,8 +16,7 @@ IGNORED = -100
 
 
 class Reference:
-    """A checkpoint folder's decoder (default RoPE), with the Decision Maker and the Transform Matrix, if
-    any, beside it.
+    """A checkpoint folder's decoder (default RoPE), Decision Maker and Transform Matrix.
 
     tensors: {Hugging Face name: float32 tensor that gathers gradients}.
     """
@@ -29,8 +28,7 @@ class Reference:
                         for name, tensor in load_file(path).items()}
 
     def forward(self, ids, vector=None, position=None):
-        """Logits (T, V) and FFN activations (L, T, d) of a list of ids; vector (d,) is added in layer 0
-        at position."""
+        """Logits (T, V) and FFN activations (L, T, d) of ids; vector (d,) is added at position."""
         c, w = self.config, self.tensors
         fusion_layer = c.get("cctuning", {}).get("fusion_layer", 0)
         heads, kv = c["num_attention_heads"], c["num_key_value_heads"]
@@ -76,14 +74,12 @@ class Reference:
         return self.forward(prompt)[1][:, len(prompt) + index]
 
     def scores(self, activations, token):
-        """The Decision Maker's (L,) for H (L, d) and the id of the own-language token at the connection
-        position."""
+        """The Decision Maker's (L,) for H (L, d) and the own-language token at p."""
         mean = (activations + self.tensors["model.embed_tokens.weight"][token]).mean(0)
         return self.tensors["decision_maker.weight"] @ mean
 
     def loss(self, prompt, answer, vector=None, index=-1):
-        """Cross-entropy summed over an answer's ids; vector (d,) is fused at the prompt's connection
-        position."""
+        """Cross-entropy summed over an answer's ids; vector (d,) is fused at the prompt's p."""
         logits, _ = self.forward(prompt + answer, vector, len(prompt) + index)
         return F.cross_entropy(logits[len(prompt) - 1:-1], torch.tensor(answer), reduction="sum")
 
@@ -99,8 +95,7 @@ class Reference:
 
     @torch.no_grad()
     def vector(self, prompt, index=-1, english=None):
-        """What is fused at inference: of the prompt's own activations through the matrix, or of its
-        English version's."""
+        """What is fused at inference: from the own H through the matrix, or from the English H."""
         if english is None:
             activations = self.activations(prompt, index) @ self.tensors["transform_matrix"]
         else:
@@ -109,8 +104,7 @@ class Reference:
 
     @torch.no_grad()
     def answer(self, prompt, count, stop, vector=None, index=-1):
-        """Up to `count` greedy ids after a prompt, each by a full pass; a stop id ends the answer and is
-        not in it."""
+        """Up to `count` greedy ids after a prompt, each by a full pass, before the first of `stop`."""
         ids = list(prompt)
         while len(ids) - len(prompt) < count:
             token = int(self.forward(ids, vector, len(prompt) + index)[0][-1].argmax())
@@ -143,8 +137,7 @@ def random_layer(prompt, layers, seed=0):
 
 
 def prompt_ids(folder, text, template="plain"):
-    """(ids, connection position counted from their end, end of turn) of a prompt, for a SentencePiece
-    checkpoint."""
+    """(ids, p counted from their end, end of turn) of a prompt, for a SentencePiece checkpoint."""
     sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(folder) / "tokenizer.model"))
     one = sp.piece_to_id
     if template == "llama3":

@@ -7,11 +7,10 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import calls
-from conftest import PAIRS, logged, losses, tensors, training, write_checkpoint, write_data
+from conftest import PAIRS, logged, losses, training, write_checkpoint, write_data
 from model import pad
 from reference import IGNORED, Reference, answer_ids, falls_short, gumbel, prompt_ids, random_layer
 
@@ -137,18 +136,6 @@ def compare_gradients(found, wanted):
 
 
 @torch.no_grad()
-def test_validation_equals_the_reference(connected):
-    """Catches a connection in plain fine-tuning, and one from the own prompt without its matrix."""
-    cc, reference = calls.open_model(connected), Reference(connected)
-    vectors = {"none": [None] * 3, "matrix": [reference.vector(p, -2) for p in PROMPTS],
-               "english": [reference.vector(p, -2, e) for p, e in zip(PROMPTS, ENGLISH, strict=True)]}
-    for connection, fused in vectors.items():
-        expected = sum(reference.loss(p, a, v, -2) for p, a, v in zip(PROMPTS, ANSWERS, fused, strict=True))
-        found = calls.loss(cc, *training_batch(-2), connection)
-        assert abs(found - expected) < 1e-4 * expected, connection
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("index", [-1, -2, -3])
 @pytest.mark.parametrize("connection", ["matrix", "english", "none"])
 def test_answering_equals_full_passes(connected, index, connection):
@@ -230,8 +217,8 @@ MANY = PAIRS + [(f"swali {i}?", f"question {3 * i}?", "jibu", "sw") for i in ran
 
 
 @pytest.fixture
-def trained(ran, tmp_path):
-    """trained(model, name, **options): the result of one step over MANY that changes no weight."""
+def one_step(ran, tmp_path):
+    """one_step(model, name, **options): the result of one step over MANY that changes no weight."""
     data, size = write_data(tmp_path / "data.jsonl", MANY), len(MANY)
 
     def call(model, name="out", **options):
@@ -254,24 +241,24 @@ def reference_loss(folder, vector_of):
 
 
 @pytest.mark.parametrize("source, explained, vector_of", ids=["2", "mean", "random"], argvalues=[
-    (2, "from layer 2 of 0-3; probabilities 0.00 0.00 1.00 0.00", lambda h, i, prompt: h[2]),
-    ("mean", "mean of all layers", lambda h, i, prompt: h.mean(0)),
-    ("random", "from layer", lambda h, i, prompt: h[gumbel(3, 0, i, 4).argmax()])])
-def test_layer_ablations(connected, trained, ran, source, explained, vector_of):
+    (2, ": from layer 2; probabilities 0.00 0.00 1.00 0.00", lambda h, i, prompt: h[2]),
+    ("mean", "]", lambda h, i, prompt: h.mean(0)),
+    ("random", ": from layer", lambda h, i, prompt: h[gumbel(3, 0, i, 4).argmax()])])
+def test_layer_ablations(connected, one_step, ran, source, explained, vector_of):
     """Catches a layer chosen by the old Decision Maker, one drawn for a batch, a choice lost in a new fit."""
-    out = trained(connected, source_layer=source, seed=3)
+    out = one_step(connected, source_layer=source, seed=3)
     assert abs(losses(out)[0] - reference_loss(connected, vector_of)) < 1e-4
-    for folder in (out, trained(out, "again", epochs=0)):
+    for folder in (out, one_step(out, "again", epochs=0)):
         assert json.loads((folder / "config.json").read_text())["cctuning"]["source_layer"] == source
         assert load_file(folder / "cctuning.safetensors").keys() == {"transform_matrix"}
     text = ran("infer", "--model", out, "--prompt=Nini?", "--explain", "--max_new_tokens=1")
-    assert text.startswith(f"[connection matrix: {explained}")
+    assert text.startswith(f"[connection matrix{explained}")
 
 
-def test_random_layers_follow_from_the_prompt(checkpoint, trained, ran, tmp_path):
+def test_random_layers_follow_from_the_prompt(checkpoint, one_step, ran, tmp_path):
     """Catches a layer drawn without the token at p, with another seed in validation, by batch or padding."""
     folder, data = checkpoint(), tmp_path / "data.jsonl"
-    out = trained(folder, source_layer="random", seed=3, eval_data=data)
+    out = one_step(folder, source_layer="random", seed=3, eval_data=data)
     expected = reference_loss(folder, lambda h, i, prompt: h[random_layer(prompt, 4, seed=3)])
     assert abs(logged(out, "eval_loss")[-1]["english"] - expected) < 1e-4
     answers = ran("infer", "--model", out, "--input", data, "--explain", "--max_new_tokens=1")
@@ -280,10 +267,10 @@ def test_random_layers_follow_from_the_prompt(checkpoint, trained, ran, tmp_path
 
 
 @pytest.mark.parametrize("layer", [1, 3])
-def test_fusion_layer(checkpoint, trained, run, tmp_path, layer):
+def test_fusion_layer(checkpoint, one_step, run, tmp_path, layer):
     """Catches a --fusion_layer that training or inference ignores, and one that changes after training."""
-    out = trained(checkpoint(), fusion_layer=layer, source_layer=0)
-    trained(out, "same", epochs=0, fusion_layer=layer)
+    out = one_step(checkpoint(), fusion_layer=layer, source_layer=0)
+    one_step(out, "same", epochs=0, fusion_layer=layer)
     for other in (0, 4):
         code, _, err = run(*training(out, tmp_path / "data.jsonl", tmp_path / "next", fusion_layer=other))
         assert code == 2 and "--fusion_layer" in err
@@ -299,22 +286,12 @@ def test_fusion_layer(checkpoint, trained, run, tmp_path, layer):
         assert falls_short(reference, prompt, found[i].tolist(), activations[0], -2) < 1e-3
 
 
-def test_a_new_decision_maker(checkpoint, trained):
+def test_a_new_decision_maker(checkpoint, one_step):
     """Catches a start without seed or initializer_range, and a model of an ablation that cannot get one."""
-    mean = trained(checkpoint(), "mean", source_layer="mean")
+    mean = one_step(checkpoint(), "mean", source_layer="mean")
     wide, starts = checkpoint(initializer_range=0.1), []
     for model, seed in ((checkpoint(), 1), (mean, 1), (checkpoint(), 2), (wide, 1)):
-        out = trained(model, str(len(starts)), seed=seed, source_layer="decision_maker")
+        out = one_step(model, str(len(starts)), seed=seed, source_layer="decision_maker")
         starts.append(load_file(out / "cctuning.safetensors")["decision_maker.weight"])
         assert abs(starts[-1].std() / (0.1 if model == wide else 0.02) - 1) < 0.15
     assert starts[0].equal(starts[1]) and not starts[0].equal(starts[2])
-
-
-def test_bfloat16_step_has_every_gradient(checkpoint, trained):
-    """Catches gradients lost because weights cast in the English pass, under no_grad, are used again."""
-    exact = trained(checkpoint(), "exact", lr=1e-2)
-    low = trained(checkpoint(), "low", lr=1e-2, dtype="bfloat16")
-    assert losses(exact)[0] != losses(low)[0]
-    for name, start in tensors(checkpoint()).items():  # AdamW's first step goes against the gradient
-        moves = [(tensors(folder)[name] - start).flatten() for folder in (exact, low)]
-        assert F.cosine_similarity(*moves, dim=0) > 0.8, name

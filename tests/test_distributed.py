@@ -30,12 +30,12 @@ def watched(module, **options):
     policy = options.get("mp_policy")
     groups.append([str(policy and policy.param_dtype), str(policy and policy.reduce_dtype)])
     return fully_shard(module, **options)
-def look(optimizer, *_):
+def see(optimizer, *_):
     held = [p for group in optimizer.param_groups for p in group["params"]]
     steps.append([sum(p.numel() for p in held), sum(p.to_local().numel() for p in held),
                   sorted({str(x.dtype) for p in held for x in (p, p.grad)})])
 fsdp.fully_shard = watched
-register_optimizer_step_pre_hook(look)
+register_optimizer_step_pre_hook(see)
 """
 SEEN = 'json.dump([groups, steps], open(f"{__file__}.{os.environ[\'RANK\']}", "w"))'
 
@@ -108,14 +108,14 @@ def test_each_process_holds_a_share(several):
 
 # --------------------------------------------------------------------------------- killed, told to stop
 
-command = partial(training, lr=1e-3, epochs=4, micro_batch=2, save_every=3, ridge=0.1)  # 12 steps
+long = partial(training, lr=1e-3, epochs=4, micro_batch=2, save_every=3, ridge=0.1)  # 12 steps
 
 
 @pytest.mark.slow
 def test_killed_and_resumed(checkpoint, ran, tmp_path):
     """Catches a resumed run with other bits, or on one process other results, and waiting for the killed."""
     data = write_data(tmp_path / "data.jsonl", UNEVEN)
-    mine, killed = partial(command, checkpoint(), data, eval_data=data), tmp_path / "killed"
+    mine, killed = partial(long, checkpoint(), data, eval_data=data), tmp_path / "killed"
     assert launch(tmp_path, 2, [mine(tmp_path / "whole")]).returncode == 0
     kill = at_step(10, "os.kill(os.getpid(), signal.SIGKILL)")
     done = launch(tmp_path, 2, [mine(killed)], before=kill, timeout=100)
@@ -133,7 +133,7 @@ def test_killed_and_resumed(checkpoint, ran, tmp_path):
 @pytest.mark.slow
 def test_stopped_and_resumed_by_more(checkpoint, run, tmp_path, stop_at):
     """Catches a checkpoint of one process that two cannot read, and processes that do not agree to stop."""
-    mine, out = partial(command, checkpoint(), write_data(tmp_path / "data.jsonl", UNEVEN)), tmp_path / "out"
+    mine, out = partial(long, checkpoint(), write_data(tmp_path / "data.jsonl", UNEVEN)), tmp_path / "out"
     assert run(*mine(tmp_path / "whole"))[0] == 0
     stop_at(2)
     run(*mine(out))

@@ -17,7 +17,7 @@ from reference import Reference, answer_ids, prompt_ids
 INDEX = "model.safetensors.index.json"
 
 
-def rewritten(source, folder, change=lambda name, tensor: tensor, **more):
+def reweighted(source, folder, change=lambda name, tensor: tensor, **more):
     """A copy of a checkpoint with other weights: change(name, tensor) of each, and more tensors."""
     shutil.copytree(source, folder)
     weights = {name: change(name, tensor) for name, tensor in tensors(source, "model.safetensors").items()}
@@ -109,7 +109,7 @@ def test_defaults_are_those_of_transformers(tmp_path, family, window):
 # --------------------------------------------------------------------------------------------- dtype
 
 def in_dtype(stored):
-    """A change of weights, for rewritten: to this dtype; "mixed": norms float32, others bfloat16."""
+    """A change of weights, for reweighted: to this dtype; "mixed": norms float32, others bfloat16."""
     def change(name, tensor):
         if stored == "mixed":
             return tensor.to(torch.float32 if "norm" in name else torch.bfloat16)
@@ -121,7 +121,7 @@ def in_dtype(stored):
 @pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_loaded_in_the_dtype_asked_for(checkpoint, tmp_path, stored, asked):
     """Catches an ignored dtype, and a mixed checkpoint that does not take the embedding's dtype."""
-    folder = rewritten(checkpoint(), tmp_path / "model", in_dtype(stored))
+    folder = reweighted(checkpoint(), tmp_path / "model", in_dtype(stored))
     found, weights = dict(load_model(folder, asked).named_parameters()), tensors(folder)
     dtype = asked or weights["model.embed_tokens.weight"].dtype
     assert found.keys() == weights.keys()
@@ -132,7 +132,7 @@ def test_loaded_in_the_dtype_asked_for(checkpoint, tmp_path, stored, asked):
 @pytest.mark.parametrize("dtype, tied", [("float32", True), ("float16", False), ("mixed", True)])
 def test_what_is_saved_is_what_was_loaded(checkpoint, tmp_path, ran, dtype, tied):
     """Catches a tensor saved in another dtype, a tied head written twice, and a wrong index."""
-    source = rewritten(checkpoint(tie_word_embeddings=tied), tmp_path / "source", in_dtype(dtype))
+    source = reweighted(checkpoint(tie_word_embeddings=tied), tmp_path / "source", in_dtype(dtype))
     first, weights = copied(ran, source, tmp_path / "first"), tensors(source)
     assert abs(losses(first)[0] - plain_loss(source)) < 1e-4
     for folder in (first, copied(ran, first, tmp_path / "second")):
@@ -191,14 +191,14 @@ def test_unused_tensors(checkpoint, tmp_path, ran):
     unused = {f"model.{place}rotary_emb.inv_freq": torch.ones(6) for place in ("", "layers.0.self_attn.")}
     for tied, head in ((False, {}), (True, {"lm_head.weight": torch.zeros(512, 48)})):
         source = checkpoint(tie_word_embeddings=tied)
-        out = copied(ran, rewritten(source, tmp_path / f"{tied}", **unused, **head), tmp_path / f"out {tied}")
+        out = copied(ran, reweighted(source, tmp_path / f"{tied}", **unused, **head), tmp_path / f"out{tied}")
         assert worst_difference(tensors(out), tensors(source)) == 0
         assert abs(losses(out)[0] - plain_loss(source)) < 1e-4
 
 
 def test_one_file_before_an_index(checkpoint, tmp_path):
     """Catches weights read from another file than transformers reads."""
-    folder = rewritten(checkpoint(), tmp_path / "model")
+    folder = reweighted(checkpoint(), tmp_path / "model")
     weights = tensors(folder)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     save_file(zeros, folder / "other.safetensors")

@@ -19,7 +19,7 @@ from conftest import (UNEVEN, files, json_lines, losses, same, saved_steps, sent
                       training, worst_difference, write_checkpoint, write_data)
 from model import UserError, load_model
 
-command = partial(training, lr=1e-3, epochs=4, micro_batch=2, save_every=5, ridge=0.1)  # 12 steps
+long = partial(training, lr=1e-3, epochs=4, micro_batch=2, save_every=5, ridge=0.1)  # 12 steps
 short = partial(training, lr=1e-3, epochs=1, save_every=3, ridge=0.1)  # 3 steps
 SMALL = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 48}
 LOG, INDEX = "train_log.jsonl", "model.safetensors.index.json"
@@ -28,7 +28,6 @@ CHANGES = {  # options that change a result, and another value of each; None: sa
     "max_length": 100, "template": "llama2", "seed": 1, "english_grad": True, "source_layer": 1,
     "fusion_layer": 1, "matrix_prompts": 3, "ridge": 0.2, "dtype": "bfloat16"}
 FREE = {"micro_batch": 6, "checkpoint_activations": True, "save_every": 2}  # may change on --resume
-OTHERS = {"eval_data", "out", "overwrite", "resume", "memory_plan", "help"}
 RELABELLED = [*UNEVEN[:3], (*UNEVEN[3][:3], "en"), *UNEVEN[4:]]  # the same texts, one called English
 
 
@@ -47,14 +46,14 @@ def runs(ran, run, tmp_path_factory):
     model, data = write_checkpoint(base / "model", **SMALL), write_data(base / "data.jsonl", UNEVEN)
     other = write_checkpoint(base / "other", seed=1, **SMALL)
     sentencepiece_model(other / "tokenizer.model", whole=["zz"])  # another tokenizer too
-    ran(*command(model, data, base / "whole"))
+    ran(*long(model, data, base / "whole"))
 
     def stop(*_):
         taken.append(1)
         if len(taken) == 7:
             signal.raise_signal(signal.SIGTERM)
     hook = register_optimizer_step_pre_hook(stop)
-    result = run(*command(model, data, base / "stopped"))
+    result = run(*long(model, data, base / "stopped"))
     hook.remove()
     return SimpleNamespace(model=model, other=other, data=data, whole=base / "whole",
                            stopped=base / "stopped", result=result)
@@ -65,7 +64,7 @@ def go_on(runs, run, tmp_path):
     """go_on(**options): the same command with --resume, in a copy of the stopped run."""
     given = {"model": runs.model, "data": runs.data, "resume": True,
              "out": shutil.copytree(runs.stopped, tmp_path / "out")}
-    return lambda **options: run(*command(**{**given, **options}))
+    return lambda **options: run(*long(**{**given, **options}))
 
 
 # ------------------------------------------------------------------------------------ stopped, resumed
@@ -107,12 +106,6 @@ def test_a_damaged_checkpoint(go_on, tmp_path):
     shutil.rmtree(newest)
     code, said, err = go_on()
     assert code == 0 and "resumed after step 5" in said, err
-
-
-def test_every_option_is_known(ran):
-    """Catches a new option that the tables above lack: may it change when a run is resumed?"""
-    there = re.findall(r"^  (?:-h, )?--(\w+)", ran("train", "--help"), re.MULTILINE)
-    assert "lr" in there and set(there) <= {*CHANGES, *FREE, *OTHERS}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -226,8 +219,7 @@ def test_signals(runs, run, stop_at, tmp_path, monkeypatch, number):
 @pytest.mark.parametrize("value, eps, found", [
     (torch.inf, 1e-6, "loss nan"), (1e-30, 1e-45, "gradient norm inf")])
 def test_skipped_steps(tmp_path, run, monkeypatch, value, eps, found):
-    """Catches a sample that ruins all weights, by its loss or its gradient alone, a run given up too early,
-    and one that skips for ever."""
+    """Catches a sample that ruins all weights, a run given up too early, and one that skips for ever."""
     model, out = write_checkpoint(tmp_path / "model", rms_norm_eps=eps, **SMALL), tmp_path / "out"
     weights = load_file(model / "model.safetensors")
     weights["model.embed_tokens.weight"][3 + 0xE2] = value  # the byte piece E2, which PAIRS lack
@@ -235,7 +227,7 @@ def test_skipped_steps(tmp_path, run, monkeypatch, value, eps, found):
     poison = ("\u2620", "skull", "bones", "sw")
     data = write_data(tmp_path / "data.jsonl", [*UNEVEN, poison])
     monkeypatch.setattr(train, "MAX_SKIPPED", 3)
-    code, said, err = run(*command(model, data, out, seed=2))  # seed: it is in the fit
+    code, said, err = run(*long(model, data, out, seed=2))  # seed: it is in the fit
     monkeypatch.undo()
     lines = [line for line in said.splitlines() if " skipped: " in line]
     assert code == 0 and len(lines) == 4 and all(found in line for line in lines), err  # once an epoch
@@ -244,7 +236,7 @@ def test_skipped_steps(tmp_path, run, monkeypatch, value, eps, found):
     assert bad == ["model.embed_tokens.weight"] * (value > 1)
     write_data(data, [poison] * 13)
     for epochs, skipped in ((4, "10 steps"), (1, "3 steps")):
-        code, _, err = run(*command(model, data, tmp_path / "bad", epochs=epochs, save_every=1))
+        code, _, err = run(*long(model, data, tmp_path / "bad", epochs=epochs, save_every=1))
         assert code == 2 and str(data) in err and skipped in err and err.count("\n") == 1
         assert not saved_steps(tmp_path / "bad") and not (tmp_path / "bad" / INDEX).exists()
 

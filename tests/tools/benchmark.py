@@ -109,8 +109,8 @@ def our_answers(folder):
             "eight more": partial(answer, "matrix", 9)}
 
 
-def generators(folder, dtype, peer_prompts):
-    """{name: 32 new tokens} in a batch of 16: ours connected, theirs not; of hookpeer prompt by prompt."""
+def generators(folder, dtype):
+    """{name: 32 new tokens} in a batch of 16: ours connected, theirs not."""
     ids = torch.randint(3, SHAPE["vocab_size"], (MANY, PROMPT), generator=torch.Generator().manual_seed(2))
     prompts = [Prompt(row, number=i) for i, row in enumerate(ids.tolist())]
     engine = Engine(folder, "matrix", dtype=dtype)
@@ -118,17 +118,8 @@ def generators(folder, dtype, peer_prompts):
     hf = theirs(folder, getattr(torch, dtype))
     hf.generation_config.eos_token_id = hf.generation_config.pad_token_id = None
     given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
-    functions = {"ours": lambda: engine.answer_all(prompts, MANY, NEW),
-                 "HF generate": lambda: hf.generate(ids, **given)}
-    if not peer_prompts:
-        return functions
-    peer, matrix = HookedCCTuning(hf), engine.cc.transform_matrix.weight
-    peer.dm.weight.data.copy_(engine.cc.decision_maker.weight)
-
-    def one_by_one():
-        for row in ids[:peer_prompts]:  # NEW - 1: it makes one pass more than it returns tokens
-            peer.greedy(row[None], torch.tensor([PROMPT - 1]), matrix, torch.zeros(1, LAYERS), NEW - 1)
-    return {**functions, "hooks, one by one": one_by_one}
+    return {"ours": lambda: engine.answer_all(prompts, MANY, NEW),
+            "HF generate": lambda: hf.generate(ids, **given)}
 
 
 # ----------------------------------------------------------------------------------------- measuring
@@ -202,14 +193,10 @@ def answering_rows(folder, repeats):
     times = measure(our_answers(folder), 10 * repeats, of=min)  # a small difference: medians are too noisy
     connection, step = times["connected"] - times["plain"], (times["eight more"] - times["connected"]) / 8
     row("the connection in decode steps, 128 tokens of one prompt", connection / step, at_most=0.80)
-    for dtype, peers in (("float32", 2 if repeats < 3 else MANY), ("bfloat16", 0)):
-        times = measure(generators(folder, dtype, peers), max(1, repeats // 2))
+    for dtype in ("float32", "bfloat16"):
+        times = measure(generators(folder, dtype), max(1, repeats // 2))
         row(f"generation, {dtype}, ours connected / HF generate: tokens/s",
             times["HF generate"] / times["ours"], at_least=1.25)
-        if peers:
-            by_hooks = times["hooks, one by one"] * MANY / peers
-            row(f"generation, {dtype}, ours connected / hooks one by one: tokens/s",
-                by_hooks / times["ours"], at_least=6)
 
 
 def main():

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,11 +31,9 @@ def start(out, *flags):
 def processes(out):
     """Ids of torchrun's process and of both workers."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with suppress(OSError):  # gone meanwhile
             if str(out).encode() in path.read_bytes().split(b"\0"):
                 yield int(path.parent.name)
-        except OSError:
-            pass  # gone meanwhile
 
 
 def steps(out):

@@ -64,7 +64,7 @@ def compare(args):
             texts = [choice.removesuffix(args.end).strip() for choice in row["doc"]["choices"]]
             forms = [(number, engine.tokenizer.answer(text)) for number, text in enumerate(texts)]
             prompt = Prompt(engine.tokenizer.prompt(row["doc"]["prompt"]))
-            (ours,) = option_likelihoods(engine, [prompt], [forms], max(len(ids) for _, ids in forms))
+            (ours,) = option_likelihoods(engine, [prompt], [forms])
             ours = np.array(list(ours.values()))
             constants.append((theirs - ours).mean())
             differences.append(np.abs(theirs - ours - constants[-1]).max())

@@ -4,7 +4,7 @@
     python tests/tools/miniature.py --part dev --seeds 2 --cc "--ridge 0.1" --out out/other   # to choose by
 
 --sft and --cc add options of train.py to the default run of each method. Complete runs in --out are not
-repeated. Prints a table in Markdown; --figure draws accuracy per language (needs matplotlib).
+repeated. Prints a table in Markdown.
 """
 import argparse
 import json
@@ -50,22 +50,6 @@ def one_run(method, seed, args):
     return found
 
 
-def draw(path, scores):
-    """Accuracy per language, with the standard deviation over seeds."""
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(9, 3.2), constrained_layout=True)
-    width = 0.8 / len(scores)
-    for i, (key, runs) in enumerate(scores.items()):
-        langs = list(runs[0])
-        values = np.array([list(found.values()) for found in runs])  # (seeds, languages)
-        axes.bar(np.arange(len(langs)) + width * i, values.mean(0), width, label=NAMES[key],
-                 yerr=values.std(0, ddof=len(runs) > 1))
-    axes.set_xticks(np.arange(len(langs)) + 0.4 - width / 2, langs)
-    axes.set_ylabel("exact match, %")
-    axes.legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=130)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=__doc__)
     add = parser.add_argument
@@ -77,7 +61,6 @@ if __name__ == "__main__":
     add("--cc", default="--english_grad", metavar="OPTIONS", help=best_of_eight)
     add("--jobs", type=int, default=2, help="runs at a time, of one thread each (default %(default)s)")
     add("--out", type=Path, default=ROOT / "out" / "miniature", metavar="DIR", help="(out/miniature)")
-    add("--figure", type=Path, metavar="FILE", help="a PNG to draw")
     args = parser.parse_args()
     methods = args.methods.split(",")
     jobs = [("base", 0)] + [(method, seed) for seed in range(args.seeds) for method in methods]
@@ -91,5 +74,3 @@ if __name__ == "__main__":
         ten = (np.array([sum(found.values()) for found in runs]) - english) / 10  # (seeds,)
         spread = ten.std(ddof=len(ten) > 1)
         print(f"| {NAMES[key]} | {ten.mean():.1f} | {spread:.1f} | {english.mean():.1f} |")
-    if args.figure:
-        draw(args.figure, scores)
