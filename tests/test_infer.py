@@ -118,10 +118,11 @@ def test_dtype(with_connection, ask, tmp_path):
 
 
 def test_no_connection(tmp_path, run):
-    """Catches answers without a connection in silence."""
+    """Catches answers without a connection in silence, and a text taken for a list of letters."""
     plain = write_checkpoint(tmp_path / "plain", "chatml")
     code, out, err = run("infer", "--model", plain, "--prompt=hello", "--max_new_tokens=3")
     assert code == 0 and "no Transform Matrix" in err and "answering as a plain model" in err
+    pytest.raises(TypeError, infer.Engine(plain).answer, "hello")
     with pytest.warns(match="no Transform Matrix"):
         assert infer.Engine(plain).answer(["hello"], max_new_tokens=3) == [out[:-1]]
 

@@ -3,9 +3,8 @@
     pip install transformers==5.24.0 && python tests/golden/make.py qwen3 smollm3 llama_bias nemo
     pip install transformers==4.46.3 && python tests/golden/make.py llama3_blend
 
-transformers 4.46.3 lacks the first three models. README.md says what each tensor is. nemo has a tokenizer
-like Mistral Nemo's (tekken) too: byte-level, no space after [INST]; prompts.json has {text: ids of its
-prompt, and of prompt and answer}.
+README.md says what each tensor is. nemo has a tokenizer like Mistral Nemo's too: byte-level, no space after
+[INST]; prompts.json has {text: ids of its prompt, and of prompt and answer}.
 """
 import json
 import shutil
