@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 class Reference:
-    """A checkpoint folder's decoder (default RoPE), Decision Maker and Transform Matrix.
+    """A checkpoint folder's decoder (default or linear RoPE), Decision Maker and Transform Matrix.
 
     tensors: {Hugging Face name: float32 tensor that gathers gradients}.
     """
@@ -33,7 +33,8 @@ class Reference:
         fusion_layer = c.get("cctuning", {}).get("fusion_layer", 0)
         heads, kv = c["num_attention_heads"], c["num_key_value_heads"]
         size, count = c.get("head_dim") or c["hidden_size"] // heads, len(ids)
-        frequency = c["rope_theta"] ** (-torch.arange(0, size, 2) / size)
+        stretch = (c.get("rope_scaling") or {}).get("factor", 1)
+        frequency = c["rope_theta"] ** (-torch.arange(0, size, 2) / size) / stretch
         angle = torch.arange(count)[:, None] * frequency  # (T, D/2)
 
         def norm(x, name):

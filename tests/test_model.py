@@ -186,11 +186,11 @@ def test_transformers_opens_what_we_save(tmp_path, ran, changes):
     assert (calls.logits(calls.open_model(tmp_path / "out"), ids) - theirs(ids).logits).abs().max() < 1e-4
 
 
-def test_unused_tensors(checkpoint, tmp_path, ran):
-    """Catches the refusal of lm_head.weight beside a tied embedding, and of old Llama's rotary buffers."""
+def test_unused_tensors(tmp_path, ran):
+    """Catches lm_head.weight beside a tied embedding refused, or rotary buffers; linear RoPE upside down."""
     unused = {f"model.{place}rotary_emb.inv_freq": torch.ones(6) for place in ("", "layers.0.self_attn.")}
     for tied, head in ((False, {}), (True, {"lm_head.weight": torch.zeros(512, 48)})):
-        source = checkpoint(tie_word_embeddings=tied)
+        source = write_checkpoint(tmp_path / f"of {tied}", tie_word_embeddings=tied, rope_scaling=LINEAR)
         out = copied(ran, reweighted(source, tmp_path / f"{tied}", **unused, **head), tmp_path / f"out{tied}")
         assert worst_difference(tensors(out), tensors(source)) == 0
         assert abs(losses(out)[0] - plain_loss(source)) < 1e-4

@@ -7,10 +7,9 @@
     python tests/tools/lm_eval_task.py compare --model MODEL --samples MATRIX/*/samples_*.jsonl
 
 Without trust_remote_code, lm_eval scores the plain model: compare that with --connection none. A choice is an
-option's text and the end of turn.
-lm_eval counts white space at a prompt's end to each choice, a constant of the prompt: compare leaves out the
-mean difference of a prompt. It encodes prompt and choice as one text, so a SentencePiece model whose prompts
-end with white space loses the space before the answer: --space " " writes it into the choices.
+option's text and the end of turn. lm_eval counts white space at a prompt's end to each choice, a constant of
+the prompt: compare leaves out a prompt's mean difference. It encodes prompt and choice as one text, so a
+SentencePiece model whose prompts end with white space loses a space: --space " " writes it into the choices.
 """
 import argparse
 import json
