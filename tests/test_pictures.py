@@ -13,12 +13,11 @@ DATA, TUNED = ROOT / "data", ROOT / "data" / "tuned"
 
 @pytest.mark.optional
 def test_pictures(run, tmp_path):
-    """Catches a wrong metric, means among the languages, a wrong chance, validation at step 0, names left
-    out or read as formulas (a traceback), boxes in silence, a malformed file's traceback."""
+    """Catches a wrong metric, interval, chance or share, names left out or as formulas, boxes in silence."""
     plot = pytest.importorskip("matplotlib") and pytest.importorskip("data.plot")
     cells, summaries, log = [], [], tmp_path / "train_log.jsonl"
-    for score, column in ((0.1, "$LR_$SEED"), (0.2, "_模型")):
-        about = {"column": column, "model": str(tmp_path), "task": "T", "items": 4, "layers": [1, 3],
+    for score, column, layers in ((0.1, "$LR_$SEED", [1, 3]), (0.2, "_模型", None)):
+        about = {"column": column, "model": str(tmp_path), "task": "T", "items": 4, "layers": layers,
                  "counts": {"answers": 4, "picked 1": 4, "gold 1": 2, "gold 2": 2, "gold 3": 0}}
         cells += [{**about, "lang": lang} for lang in ("en", "sw")]
         for metric, value in (("accuracy", score), ("likelihood", 0.9)):
@@ -30,13 +29,15 @@ def test_pictures(run, tmp_path):
         (tmp_path / "results.json").write_text(text)
         code, _, err = run("data.plot", tmp_path, tmp_path / "out")
         assert code == 0 or (code == 2 and re.fullmatch("error: .*results.json.*\n", err)), err
-    assert code == 0 and re.findall(r"(\w+)\.png: .*\n", err) == ["scores", "layers"]
+    assert code == 0 and re.findall(r"(\w+)\.png: .*\n", err) == ["scores"]
     assert sorted(file.stem for file in (tmp_path / "out").iterdir()) == ["layers", "loss", "scores"]
     scores, losses = plot.draw_scores(summaries, cells).axes[0], plot.draw_losses([log]).axes[0]
     points = np.array([column[0].get_xydata() for column in scores.containers])  # (column, row, 2)
     assert np.allclose(points[:, :, 0].T, [10, 20]) and np.allclose(np.diff(points[0, :, 1]), [1, 1.5])
+    assert np.allclose(scores.containers[0][2][0].get_segments()[0][:, 0], [0, 100])
     assert any(np.allclose(line.get_xdata(), 100 / 3) for line in scores.lines)
     assert len(scores.get_legend_handles_labels()[1]) == 2
+    assert np.allclose(plot.draw_layers(cells[:1]).axes[0].images[0].get_array(), [[25, 75]])
     assert np.allclose(losses.lines[1].get_xydata(), [[i, i - 1] for i in range(3, 31)])
     assert np.allclose(losses.lines[2].get_xydata(), [[30, 4]])
 

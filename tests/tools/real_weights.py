@@ -18,8 +18,7 @@ from conftest import CONFIG, json_lines, launch, training
 from model import Config, Tokenizer
 
 MODEL, DATA, TOKENIZERS = [Path(os.environ.get(name, "/nowhere")) for name in ("MODEL", "DATA", "TOKENIZERS")]
-needs_both = pytest.mark.skipif(
-    not (MODEL.exists() and DATA.exists()), reason="too large to ship: set MODEL, DATA")
+needs_both = pytest.mark.skipif(not (MODEL.exists() and DATA.exists()), reason="too large: set MODEL, DATA")
 
 
 @needs_both
