@@ -147,8 +147,8 @@ def test_the_connection_costs_a_few_tokens(with_connection, run, monkeypatch, te
 def test_length_of_answers(tmp_path, ask):
     """Catches an answer that runs past --max_new_tokens, its default or the model's positions."""
     folder = write_parrot(tmp_path / "long", {"Say:": ["ha", "ha"]}, max_position_embeddings=280)
-    lengths = [len(ask(folder, [{"instruction": "Say:"}], *option)[0]["answer"]) // len("ha")
-               for option in ([], ["--max_new_tokens=7"], ["--max_new_tokens=1000"])]
+    lengths = [len(ask(folder, [{"instruction": x + "Say:"} for x in ("", "a b ")], *option)[0]["answer"])
+               // len("ha") for option in ([], ["--max_new_tokens=7"], ["--max_new_tokens=1000"])]
     assert lengths == [256, 7, 280 - len(prompt_ids(folder, "Say:")[0])]
 
 
@@ -242,7 +242,7 @@ def test_files(tmp_path, run, ask, feed, monkeypatch):
     """Catches answers out of order, fields lost or escaped, and - taken for a file's name."""
     says = {"moja?": "one", "mbili?": "two", "tatu?": "three"}
     folder = write_parrot(tmp_path / "model", says)
-    records = [{"instruction": "Ni " + own, "id": 7, "output": "é"} for own in says]
+    records = [{"instruction": "Ni " + own, "id": 7, "output": "é", "input": " "} for own in says]
     records.append({"instruction": "moja?", "input": "mbili?", "lang": "xx"})
     answers = ["one", "two", "three", "two"]
     answered = [{**record, "answer": text} for record, text in zip(records, answers, strict=True)]
@@ -272,7 +272,7 @@ def test_standard_input(tmp_path, run, feed):
 
 def test_at_a_terminal(tmp_path, run, monkeypatch):
     """Catches answers that wait for the last line, and a blank line that is asked."""
-    folder = write_parrot(tmp_path / "model", {"Nini?": "hivi", "Na?": "pia"})
+    folder = write_parrot(tmp_path / "model", {"Nini?": "hivi", "Na?": {"pia": 0.4, "tu": 0.6}})
     shown = []
 
     def typed():
@@ -283,8 +283,8 @@ def test_at_a_terminal(tmp_path, run, monkeypatch):
     terminal.isatty.return_value = True
     terminal.__iter__.return_value = typed()
     monkeypatch.setattr("sys.stdin", terminal)
-    code, out, err = run("infer", "--model", folder, "--prompt=-")
-    assert (code, out, shown) == (0, "hivi\npia\n", [b"hivi\n"]), err
+    code, out, err = run("infer", "--model", folder, "--prompt=-", "--temperature=1")
+    assert (code, out, shown) == (0, "hivi\ntu\n", [b"hivi\n"]), err  # number 0 or 1 would draw pia
 
 
 def test_default_model(tmp_path, run, monkeypatch):

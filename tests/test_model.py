@@ -62,7 +62,7 @@ SPELLINGS = [  # more in config.json, and what then differs from DEFAULTS
     ({"cctuning": FUSED}, {"cctuning": FUSED, **FUSED}),
     ({"num_key_value_heads": None, "head_dim": None, "rope_scaling": None, "eos_token_id": None}, {}),
     (LONG, {"max_length": 9999}), ({**LONG, **WINDOW}, {"max_length": 9999}),
-    ({"eos_token_id": 8}, {"eos_token_ids": (8,)}), ({"eos_token_id": [8, 9]}, {"eos_token_ids": (8, 9)}),
+    ({"eos_token_id": 0}, {"eos_token_ids": (0,)}), ({"eos_token_id": [8, 9]}, {"eos_token_ids": (8, 9)}),
     # A window applies to Mistral, where it is 4096 unless given, null for none; to Qwen if switched on.
     ({"model_type": "mistral", **LONG}, {"max_length": 4096}),
     ({"model_type": "mistral", **LONG, **WINDOW}, {"max_length": 64}),
@@ -71,7 +71,7 @@ SPELLINGS = [  # more in config.json, and what then differs from DEFAULTS
     ({"model_type": "qwen2", **WINDOW, "use_sliding_window": True}, {"qkv_bias": True, "max_length": 64}),
     ({**WINDOW, "layer_types": ["sliding_attention"] * 4}, {"max_length": 64}),
     # Rotary positions, as transformers 4, earlier ones, and 5 spell it.
-    ({"rope_scaling": LLAMA3}, {"rope_scaling": LLAMA3}),
+    ({"rope_scaling": LLAMA3, "rope_parameters": LINEAR}, {"rope_scaling": LLAMA3}),  # both: the first
     ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_scaling": LINEAR}),
     ({"rope_parameters": PLAIN}, {"rope_theta": 5e5}),
     ({"rope_parameters": {**LINEAR, "rope_theta": 5e5}}, {"rope_scaling": LINEAR, "rope_theta": 5e5}),

@@ -224,17 +224,17 @@ def test_skipped_steps(tmp_path, run, monkeypatch, value, eps, found):
     weights = load_file(model / "model.safetensors")
     weights["model.embed_tokens.weight"][3 + 0xE2] = value  # the byte piece E2, which PAIRS lack
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    poison = ("\u2620", "skull", "bones", "sw")
-    data = write_data(tmp_path / "data.jsonl", [*UNEVEN, poison])
+    poison = [("\u2620", "skull", "bones", "sw"), ("skull", "\u2620", "bones", "sw")]  # in one step: short
+    data = write_data(tmp_path / "data.jsonl", [*UNEVEN, *poison])
     monkeypatch.setattr(train, "MAX_SKIPPED", 3)
-    code, said, err = run(*long(model, data, out, seed=2))  # seed: it is in the fit
+    code, said, err = run(*long(model, data, out, seed=2))  # seed: both are in the fit
     monkeypatch.undo()
     lines = [line for line in said.splitlines() if " skipped: " in line]
     assert code == 0 and len(lines) == 4 and all(found in line for line in lines), err  # once an epoch
     assert len(losses(out)) == 8 and "NaN" not in (out / LOG).read_text()
     bad = [name for name, tensor in tensors(out).items() if not tensor.isfinite().all()]
     assert bad == ["model.embed_tokens.weight"] * (value > 1)
-    write_data(data, [poison] * 13)
+    write_data(data, poison * 7)
     for epochs, skipped in ((4, "10 steps"), (1, "3 steps")):
         code, _, err = run(*long(model, data, tmp_path / "bad", epochs=epochs, save_every=1))
         assert code == 2 and str(data) in err and skipped in err and err.count("\n") == 1

@@ -24,7 +24,7 @@ SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "nu
 HELD = [("nani?", "who?", "mimi", "sw"), ("Wer?", "Who?", "ich und du und er und sie", "de"),
         ("who?", "who?", "I", "en")]
 RUNS = {  # what is trained, in steps of 4 of the 12 samples
-    "llama3": {"template": "llama3", "seed": 3, "torch_dtype": "bfloat16"},
+    "llama3": {"template": "llama3", "seed": 18, "torch_dtype": "bfloat16"},
     "chatml": {"template": "chatml", "english_grad": True, "micro_batch": 3},
     "sft": {"template": "plain", "method": "sft", "micro_batch": 1, "epochs": 10, "layers": 1},
 }
@@ -329,7 +329,7 @@ def test_the_built_in_run(tmp_path, run, stop_at):
     stop_at(1, signal.SIGINT)
     with reading() as calls:
         code, said, err = run("train", "--out", out)
-    assert code == 128 + signal.SIGINT, err
+    assert code == 128 + signal.SIGINT and " on 100 others " in said, err
     count = 2 * math.ceil(len((ROOT / "data" / "train.jsonl").read_text().splitlines()) / 32)
     assert f" of {count}; continue" in said and max(len(call) for call in calls) == 32
     assert logged(out, "lr")[0] == pytest.approx(1e-4 / math.ceil(count / 10))
