@@ -183,7 +183,7 @@ REST = 2 * 128256 * 4096 + 4096
 
 @pytest.mark.parametrize("options, world, copies, reduced, tokens", [
     ({}, 1, 2 * (32 * LAYER + REST), 0, 4096), ({"dtype": "float32"}, 1, 0, 0, 4096),
-    ({"dtype": "float32"}, 8, 4 * (REST + 2 * LAYER), 8 * REST, 4096),
+    ({"dtype": "float32", "max_length": 150000}, 8, 4 * (REST + 2 * LAYER), 8 * REST, 4 * 131072),
     ({"micro_batch": 8, "batch_size": 24, "max_length": 512}, 8, 2 * (REST + 2 * LAYER), 6 * REST, 1536)])
 def test_memory_plan(tmp_path, ran, options, world, copies, reduced, tokens):
     """Catches a plan that forgets or miscounts what a process holds. For Llama-3.1-8B, in bytes."""
