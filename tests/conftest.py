@@ -21,10 +21,9 @@
     calls.py              all calls that tests make to the model itself
     answers.json          answers of real models and the option that each names, for test_eval.py
     tools/                run by hand: drift.py (why the matrix loses), mutants.py (do the tests catch known
-                          bugs?), gpu.py, benchmark.py and hookpeer.py (against transformers, plain and by
-                          hooks), miniature.py (README's table), kill_and_resume.py, make_paper_files.py (for
-                          .ci/run), lm_eval_task.py (likelihoods from outside), real_weights.py (checkpoints
-                          too large to ship)
+                          bugs?), gpu.py, benchmark.py and hookpeer.py (against transformers), miniature.py
+                          (README's table), kill_and_resume.py, make_paper_files.py (for .ci/run),
+                          lm_eval_task.py, real_weights.py (checkpoints too large to ship)
 
     python -m pytest -q                # quick tests: no package beyond the six
     python -m pytest -q -m optional    # against transformers, tokenizers and others

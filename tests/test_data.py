@@ -1,6 +1,5 @@
 """The built-in data: what it is made of, and that nothing held out is in what a model is trained on."""
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,12 +7,10 @@ import sys
 import pytest
 
 from conftest import ROOT, json_lines, results_of
+from data import make_default
 from model import read_records
 
 DATA = ROOT / "data"
-spec = importlib.util.spec_from_file_location("make_default", DATA / "make_default.py")
-make_default = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_default)
 LANGS = make_default.LANGS
 
 

@@ -147,8 +147,9 @@ def test_the_connection_costs_a_few_tokens(with_connection, run, monkeypatch, te
 def test_length_of_answers(tmp_path, ask):
     """Catches an answer that runs past --max_new_tokens, its default or the model's positions."""
     folder = write_parrot(tmp_path / "long", {"Say:": ["ha", "ha"]}, max_position_embeddings=280)
-    lengths = [len(ask(folder, [{"instruction": x + "Say:"} for x in ("", "a b ")], *option)[0]["answer"])
-               // len("ha") for option in ([], ["--max_new_tokens=7"], ["--max_new_tokens=1000"])]
+    records = [{"instruction": "Say:"}, {"instruction": "a longer one in the batch, Say:"}]
+    lengths = [len(ask(folder, records, *option)[0]["answer"]) // len("ha")
+               for option in ([], ["--max_new_tokens=7"], ["--max_new_tokens=1000"])]
     assert lengths == [256, 7, 280 - len(prompt_ids(folder, "Say:")[0])]
 
 
@@ -264,7 +265,7 @@ def test_standard_input(tmp_path, run, feed):
         found = run("infer", "--model", folder, "--prompt=-", "--explain")
     assert found[:2] == (0, "a\\nb  [connection none]\ntwo  [connection none]\n")
     prompts = sorted(prompt_ids(folder, line)[0] for line in ("Nini?", "moja\u2028mbili?"))
-    assert sorted([token for token in row if token] for row in calls[0]) == prompts
+    assert sorted([*filter(None, row)] for row in calls[0]) == prompts
     feed(b"x\n\n" + b"na " * 300)
     code, out, err = run("infer", "--model", folder, "--prompt=-")
     assert code == 2 and not out and "input:3" in err, err

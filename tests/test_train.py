@@ -252,7 +252,8 @@ def test_only_the_matrix(tmp_path, ran):
         assert [name for name in after if not before[name].equal(after[name])] == ["transform_matrix"]
         assert len(set(order)) == len(order) and len(test) > 3
         assert not {i % 20 for i in fit} & {i % 20 for i in test}  # 40 is a multiple of 20
-        assert max(fit) > 40 < max(test) and len(prompts[fit[-1]]) == min(map(len, prompts))  # a draw
+        assert max(fit) > 40 and max(test) > 40  # a draw
+        assert len(prompts[fit[-1]]) == min(map(len, prompts))  # not of the longest alone
         fits.append(set(fit))
     assert fits[0] != fits[1]
 
